@@ -1,0 +1,174 @@
+"""The error catalogue: every way in which input, an artifact or an operation can be refused.
+
+A raise names a `Reason` and says with numbers what happened; the catalogue adds the HTTP status and the remedy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Stable codes, as they appear in responses, stored rejections and logs."""
+
+    # Requests
+    MALFORMED_REQUEST = "malformed_request"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    REQUEST_TOO_LARGE = "request_too_large"
+    BAD_SIGNATURE = "bad_signature"
+    URL_EXPIRED = "url_expired"
+    NOT_FOUND = "not_found"
+    ASSIGNMENT_NOT_ACTIVE = "assignment_not_active"
+    TASK_CONFLICT = "task_conflict"
+    TASK_INVALID = "task_invalid"
+    # Contributions
+    UPLOAD_MISSING = "upload_missing"
+    UPLOAD_TRUNCATED = "upload_truncated"
+    UPLOAD_TOO_LARGE = "upload_too_large"
+    UPLOAD_NOT_ENCRYPTED = "upload_not_encrypted"
+    UNKNOWN_KEY = "unknown_key"
+    DECRYPTION_FAILED = "decryption_failed"
+    WRONG_LEAF_NAMES = "wrong_leaf_names"
+    WRONG_LEAF_SHAPE = "wrong_leaf_shape"
+    WRONG_LEAF_TYPE = "wrong_leaf_type"
+    NOT_FINITE = "not_finite"
+    NORM_TOO_LARGE = "norm_too_large"
+    WRONG_COUNT = "wrong_count"
+    # Artifacts
+    CHECKPOINT_MALFORMED = "checkpoint_malformed"
+    CHECKPOINT_TOO_LARGE = "checkpoint_too_large"
+    PLAN_MALFORMED = "plan_malformed"
+    PLAN_UNSUPPORTED = "plan_unsupported"
+    PARTIAL_SUM_MALFORMED = "partial_sum_malformed"
+    PARTIAL_SUM_MISMATCH = "partial_sum_mismatch"
+    STATE_MISMATCH = "state_mismatch"
+    SAVED_MODEL_INVALID = "saved_model_invalid"
+    MODEL_UNSUPPORTED = "model_unsupported"
+    KEY_MALFORMED = "key_malformed"
+    DATASET_MALFORMED = "dataset_malformed"
+    # Building
+    CONFIG_UNREADABLE = "config_unreadable"
+    CONFIG_INVALID = "config_invalid"
+    OPS_NOT_SUPPORTED = "ops_not_supported"
+    BUILD_FAILED = "build_failed"
+    TASK_MANAGEMENT_FAILED = "task_management_failed"
+    # Devices
+    URL_NOT_ALLOWED = "url_not_allowed"
+    SERVER_UNREACHABLE = "server_unreachable"
+    SERVER_ANSWER_INVALID = "server_answer_invalid"
+    PLAN_ARGUMENT_INVALID = "plan_argument_invalid"
+    PLAN_COMPUTATION_FAILED = "plan_computation_failed"
+    EXAMPLES_FAILED = "examples_failed"
+    NO_ENCRYPTION_KEY = "no_encryption_key"
+    # Operation
+    STORAGE_FAILED = "storage_failed"
+    SETTINGS_INVALID = "settings_invalid"
+    BUDGET_SPENT = "budget_spent"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a reason means for the caller of an HTTP route, and what a person can do about it."""
+
+    status: int
+    remedy: str
+
+
+_DEFAULT = Entry(500, "look at the server's log for the request's id")
+
+CATALOGUE: Mapping[Reason, Entry] = {
+    Reason.MALFORMED_REQUEST: Entry(400, "send the message that the route documents, as binary protobuf"),
+    Reason.UNSUPPORTED_MEDIA_TYPE: Entry(415, "set content-type: application/x-protobuf"),
+    Reason.REQUEST_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
+    Reason.BAD_SIGNATURE: Entry(403, "use the signed URL exactly as it was handed out, headers included"),
+    Reason.URL_EXPIRED: Entry(403, "ask the server for a fresh URL"),
+    Reason.NOT_FOUND: Entry(404, "check the names and ids in the URL"),
+    Reason.ASSIGNMENT_NOT_ACTIVE: Entry(404, "check in again; this assignment is over"),
+    Reason.TASK_CONFLICT: Entry(409, "finish or cancel the active task of this kind first"),
+    Reason.TASK_INVALID: Entry(400, "correct the task's fields and send it again"),
+    Reason.UPLOAD_MISSING: Entry(404, "the device reported success and uploaded nothing; nothing to do"),
+    Reason.UPLOAD_TRUNCATED: Entry(400, "the device uploads again in a later round"),
+    Reason.UPLOAD_TOO_LARGE: Entry(413, "raise the upload limit if the model is really that large"),
+    Reason.UPLOAD_NOT_ENCRYPTED: Entry(400, "turn encryption on at the device, or allow plaintext uploads"),
+    Reason.UNKNOWN_KEY: Entry(400, "the device fetches fresh keys from the key service"),
+    Reason.DECRYPTION_FAILED: Entry(400, "the device fetches fresh keys from the key service"),
+    Reason.WRONG_LEAF_NAMES: Entry(400, "the device must run the plan of its own assignment"),
+    Reason.WRONG_LEAF_SHAPE: Entry(400, "the device must run the plan of its own assignment"),
+    Reason.WRONG_LEAF_TYPE: Entry(400, "the device must run the plan of its own assignment"),
+    Reason.NOT_FINITE: Entry(400, "lower the client learning rate, or check the device's data"),
+    Reason.NORM_TOO_LARGE: Entry(400, "the device runs a plan that does not clip; rebuild the task"),
+    Reason.WRONG_COUNT: Entry(400, "the device must run the plan of its own assignment"),
+    Reason.CHECKPOINT_MALFORMED: Entry(400, "write the checkpoint again; the file is damaged or no V1 checkpoint"),
+    Reason.CHECKPOINT_TOO_LARGE: Entry(413, "raise the checkpoint limits if the model is really that large"),
+    Reason.PLAN_MALFORMED: Entry(400, "build the plan again"),
+    Reason.PLAN_UNSUPPORTED: Entry(400, "build the plan with this system's task builder"),
+    Reason.PARTIAL_SUM_MALFORMED: Entry(500, "delete the partial sum; the batch is aggregated again"),
+    Reason.PARTIAL_SUM_MISMATCH: Entry(500, "delete the partial sum; the batch is aggregated again"),
+    Reason.STATE_MISMATCH: Entry(400, "upload the initial checkpoint that was built with this plan"),
+    Reason.SAVED_MODEL_INVALID: Entry(400, "save the model with save_functional_model"),
+    Reason.MODEL_UNSUPPORTED: Entry(400, "change the model as the message says"),
+    Reason.KEY_MALFORMED: Entry(400, "publish 32-byte X25519 keys in standard base64"),
+    Reason.DATASET_MALFORMED: Entry(400, "check the path, and that the file is of the stated format"),
+    Reason.CONFIG_UNREADABLE: Entry(400, "correct the line that the message names"),
+    Reason.CONFIG_INVALID: Entry(400, "correct the fields that the message names"),
+    Reason.OPS_NOT_SUPPORTED: Entry(400, "change the model, or build with --skip_flex_ops_check"),
+    Reason.BUILD_FAILED: Entry(500, "read the cause in the message; it names the failing step"),
+    Reason.TASK_MANAGEMENT_FAILED: Entry(502, "check the task management URL and that the server runs"),
+    Reason.URL_NOT_ALLOWED: Entry(400, "use https://, or http://localhost: with a port"),
+    Reason.SERVER_UNREACHABLE: Entry(503, "check the URL and that the server runs"),
+    Reason.SERVER_ANSWER_INVALID: Entry(502, "check that the URL is that of a federated compute server"),
+    Reason.PLAN_ARGUMENT_INVALID: Entry(400, "build the plan again; its parts do not fit each other"),
+    Reason.PLAN_COMPUTATION_FAILED: Entry(400, "check that the examples fit the model's input specification"),
+    Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
+    Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
+    Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
+    Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
+    Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),
+    Reason.INTERNAL: _DEFAULT,
+}
+
+
+class FedComputeError(Exception):
+    """Base of every typed error.
+
+    `reason` is the stable code, `detail` what happened with its numbers, `remedy` what to do (the catalogue's
+    unless the raise knows better), `status` the HTTP status of a route that answers with it. A detail never holds
+    a secret, a key, a token or a signed URL.
+    """
+
+    def __init__(self, reason: Reason, detail: str, *, remedy: str | None = None) -> None:
+        entry = CATALOGUE.get(reason, _DEFAULT)
+        self.reason = reason
+        self.detail = detail
+        self.remedy = remedy if remedy is not None else entry.remedy
+        self.status = entry.status
+        super().__init__(f"{detail} [{reason.value}]")
+
+
+class RequestRejected(FedComputeError):
+    """An HTTP request that the server refuses; nothing has changed."""
+
+
+class UploadRejected(FedComputeError):
+    """One device's contribution that does not count; its round goes on without it."""
+
+
+class ArtifactInvalid(FedComputeError):
+    """A plan, checkpoint, partial sum, key file or model that cannot be used."""
+
+
+class ConfigInvalid(FedComputeError):
+    """A task configuration that cannot be read or breaks a rule."""
+
+
+class BuildFailed(FedComputeError):
+    """A task that could not be built or registered."""
+
+
+class DeviceRunFailed(FedComputeError):
+    """A device run that ended without a contribution."""
+
+
+class OperationFailed(FedComputeError):
+    """Storage, settings or another part of the machine that does not do its work."""
