@@ -1,0 +1,1 @@
+"""HPKE, the upload envelope and key formats."""

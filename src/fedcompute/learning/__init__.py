@@ -1,0 +1,1 @@
+"""The server half of a learning process as pure functions over plain arrays."""

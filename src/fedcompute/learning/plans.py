@@ -1,0 +1,47 @@
+"""Reading a plan's server half."""
+
+import hashlib
+
+from google.protobuf.message import DecodeError
+
+from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.learning.aggregators import AGGREGATORS
+from fedcompute.learning.optimizers import OPTIMIZERS
+from fedcompute.learning.specification import VERSION
+from fedcompute.protos import learning_pb2, plan_pb2
+
+PLAN_BYTES_LIMIT = 512 << 20
+
+
+def read_plan(data: bytes) -> plan_pb2.Plan:
+    """Parses a server plan with its one phase.
+
+    Raises ArtifactInvalid: PLAN_MALFORMED for bytes that are none, PLAN_UNSUPPORTED for a plan that carries no
+    learning process of this version.
+    """
+    plan = plan_pb2.Plan()
+    try:
+        if len(data) > PLAN_BYTES_LIMIT:
+            raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{len(data)} bytes, over {PLAN_BYTES_LIMIT}")
+        plan.ParseFromString(data)
+    except DecodeError as cause:
+        raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{len(data)} bytes are no plan") from cause
+    if not plan.phase:
+        raise ArtifactInvalid(Reason.PLAN_MALFORMED, "the plan has no phase")
+    process = plan.learning_process
+    if process.version != VERSION:
+        raise ArtifactInvalid(
+            Reason.PLAN_UNSUPPORTED, f"the plan carries learning process version {process.version}, not {VERSION}"
+        )
+    known = {"server_optimizer": OPTIMIZERS, "aggregator": AGGREGATORS}
+    for member, table in known.items():
+        if process.WhichOneof(member) not in table:
+            raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"the learning process has no known {member}")
+    if process.kind not in (learning_pb2.LearningProcess.TRAINING, learning_pb2.LearningProcess.EVALUATION):
+        raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"unknown kind of learning process: {process.kind}")
+    return plan
+
+
+def plan_digest(data: bytes) -> bytes:
+    """SHA-256 of the serialized plan, which binds partial sums to it."""
+    return hashlib.sha256(data).digest()

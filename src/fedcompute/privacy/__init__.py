@@ -1,0 +1,1 @@
+"""Clipping, lattice, noise, mechanisms, accounting and the ledger."""

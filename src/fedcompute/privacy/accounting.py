@@ -1,0 +1,71 @@
+"""Epsilon from noise and noise from epsilon, through dp-accounting (imported on first use: it costs a second)."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+# What one PLD accountant costs grows steeply below this; no honest setting lies there.
+_SMALLEST_NOISE = 1e-3
+
+
+@lru_cache(maxsize=256)
+def poisson_epsilon(noise_multiplier: float, rounds: int, sampling_probability: float, delta: float) -> float:
+    """Epsilon at `delta` of `rounds` Gaussian releases, each over a Poisson sample of the population.
+
+    The reference's claim (spec/task-builder.md 3.3): PLD accountant, add-or-remove-one. Infinite without noise.
+
+    Formal guarantees: an upper bound on epsilon under the stated sampling. Devices that come when they like are not a
+    Poisson sample; see `gaussian_epsilon` for what holds without that assumption.
+    """
+    if rounds == 0:
+        return 0.0
+    if noise_multiplier < _SMALLEST_NOISE:
+        return math.inf
+    import dp_accounting
+    from dp_accounting import pld
+
+    accountant = pld.PLDAccountant()
+    accountant.compose(_poisson_event(dp_accounting, noise_multiplier, rounds, sampling_probability))
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def calibrate_noise(target_epsilon: float, rounds: int, sampling_probability: float, delta: float) -> float:
+    """The smallest noise multiplier (to 1e-6, on the safe side) whose `poisson_epsilon` is at most the target.
+
+    Formal guarantees: `poisson_epsilon` of the result is at most `target_epsilon`.
+    """
+    import dp_accounting
+    from dp_accounting import pld
+
+    return float(
+        dp_accounting.calibrate_dp_mechanism(
+            pld.PLDAccountant,
+            lambda noise: _poisson_event(dp_accounting, noise, rounds, sampling_probability),
+            target_epsilon,
+            delta,
+            dp_accounting.LowerEndpointAndGuess(0, 1),
+        )
+    )
+
+
+@lru_cache(maxsize=256)
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """Epsilon at `delta` of one Gaussian release, without any sampling. Infinite without noise.
+
+    With `ledger.composed_noise_multiplier` it gives the honest figure for a device that took part in every round.
+
+    Formal guarantees: exact up to the library's root finding (Balle and Wang, arXiv 1805.06530, theorem 8).
+    """
+    if noise_multiplier == 0:
+        return math.inf
+    if math.isinf(noise_multiplier):
+        return 0.0
+    import dp_accounting
+
+    return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
+
+
+def _poisson_event(dp_accounting: Any, noise_multiplier: float, rounds: int, sampling_probability: float) -> Any:
+    sampled = dp_accounting.PoissonSampledDpEvent(sampling_probability, dp_accounting.GaussianDpEvent(noise_multiplier))
+    return dp_accounting.SelfComposedDpEvent(sampled, rounds)

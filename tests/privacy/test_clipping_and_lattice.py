@@ -1,0 +1,63 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from fedcompute.privacy.clipping import clip_by_global_norm, global_norm
+from fedcompute.privacy.lattice import add_rounded_noise, lattice_for, to_lattice
+
+floats = st.floats(-1e6, 1e6, width=32)
+leaves = st.dictionaries(
+    st.sampled_from(["a", "b", "c"]),
+    arrays(np.float32, array_shapes(max_dims=2, max_side=6), elements=floats),
+    min_size=1,
+)
+
+
+def exact_squared_norm(values):
+    return sum(Fraction(float(x)) ** 2 for value in values.values() for x in value.ravel())
+
+
+@settings(max_examples=150)
+@given(leaves, st.floats(1e-6, 1e6))
+def test_the_clipped_norm_never_exceeds_the_bound_in_exact_arithmetic(update, clip_norm):
+    assert exact_squared_norm(clip_by_global_norm(update, clip_norm)) <= Fraction(clip_norm) ** 2
+
+
+@settings(max_examples=150)
+@given(leaves, st.floats(1e-6, 1e6))
+def test_the_lattice_point_of_a_clipped_update_stays_within_the_bound(update, clip_norm):
+    lattice = lattice_for(clip_norm)
+    clipped = clip_by_global_norm(update, clip_norm)
+    points = to_lattice(clipped, lattice)
+    squared = sum(int(x) ** 2 for value in points.values() for x in value.ravel()) * Fraction(lattice.step) ** 2
+    assert squared <= Fraction(clip_norm) ** 2
+    for name, value in points.items():
+        assert np.abs(value * lattice.step - clipped[name]).max() < lattice.step
+
+
+def test_an_update_within_the_bound_is_not_changed_and_zero_stays_zero():
+    update = {"a": np.array([0.3, -0.4], np.float32)}
+    np.testing.assert_array_equal(clip_by_global_norm(update, 1.0)["a"], update["a"].astype(np.float64))
+    assert global_norm(update) == pytest.approx(0.5)
+    assert clip_by_global_norm({"a": np.zeros(3, np.float32)}, 1e-9)["a"].tolist() == [0, 0, 0]
+
+
+@given(st.floats(1e-30, 1e30))
+def test_the_lattice_is_a_power_of_two_of_the_public_clip_norm(clip_norm):
+    step = lattice_for(clip_norm).step
+    assert math.frexp(step)[0] == 0.5
+    assert 2**30 <= clip_norm / step < 2**31
+
+
+def test_noise_is_added_on_the_lattice_and_equals_rounding_the_noised_sum():
+    lattice = lattice_for(1.0)
+    total = np.array([[5, -7]], np.int64)
+    noised = add_rounded_noise(total, np.array([0.25, -1.5]), 2.0, lattice)
+    assert noised.dtype == np.int64
+    expected = np.rint((total * lattice.step + [[0.5, -3.0]]) / lattice.step)
+    np.testing.assert_array_equal(noised, expected)
