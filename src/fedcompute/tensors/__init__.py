@@ -1,0 +1,1 @@
+"""Named tensors: trees of leaves, and the checkpoint files that carry them."""
