@@ -46,11 +46,13 @@ class Reason(StrEnum):
     MODEL_UNSUPPORTED = "model_unsupported"
     KEY_MALFORMED = "key_malformed"
     DATASET_MALFORMED = "dataset_malformed"
+    METRICS_MALFORMED = "metrics_malformed"
     # Building
     CONFIG_UNREADABLE = "config_unreadable"
     CONFIG_INVALID = "config_invalid"
     OPS_NOT_SUPPORTED = "ops_not_supported"
     BUILD_FAILED = "build_failed"
+    ARTIFACT_UPLOAD_FAILED = "artifact_upload_failed"
     TASK_MANAGEMENT_FAILED = "task_management_failed"
     # Devices
     URL_NOT_ALLOWED = "url_not_allowed"
@@ -62,6 +64,7 @@ class Reason(StrEnum):
     NO_ENCRYPTION_KEY = "no_encryption_key"
     # Operation
     STORAGE_FAILED = "storage_failed"
+    BLOB_TOO_LARGE = "blob_too_large"
     SETTINGS_INVALID = "settings_invalid"
     BUDGET_SPENT = "budget_spent"
     INTERNAL = "internal"
@@ -110,10 +113,12 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.MODEL_UNSUPPORTED: Entry(400, "change the model as the message says"),
     Reason.KEY_MALFORMED: Entry(400, "publish 32-byte X25519 keys in standard base64"),
     Reason.DATASET_MALFORMED: Entry(400, "check the path, and that the file is of the stated format"),
+    Reason.METRICS_MALFORMED: Entry(400, "leave the round out, or restore its metrics file"),
     Reason.CONFIG_UNREADABLE: Entry(400, "correct the line that the message names"),
     Reason.CONFIG_INVALID: Entry(400, "correct the fields that the message names"),
     Reason.OPS_NOT_SUPPORTED: Entry(400, "change the model, or build with --skip_flex_ops_check"),
     Reason.BUILD_FAILED: Entry(500, "read the cause in the message; it names the failing step"),
+    Reason.ARTIFACT_UPLOAD_FAILED: Entry(502, "check that the storage behind the task's URLs takes uploads"),
     Reason.TASK_MANAGEMENT_FAILED: Entry(502, "check the task management URL and that the server runs"),
     Reason.URL_NOT_ALLOWED: Entry(400, "use https://, or http://localhost: with a port"),
     Reason.SERVER_UNREACHABLE: Entry(503, "check the URL and that the server runs"),
@@ -123,6 +128,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
+    Reason.BLOB_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
     Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
     Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),
     Reason.INTERNAL: _DEFAULT,

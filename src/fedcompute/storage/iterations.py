@@ -1,0 +1,254 @@
+"""Iterations: creation, look-ups, moves, and the release that ends one (spec/server.md 4.2, 5.3, 5.4)."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+from sqlalchemy import Row, select
+from sqlalchemy.exc import IntegrityError
+
+from fedcompute.protos import task_pb2
+from fedcompute.storage import schema, transitions
+from fedcompute.storage.database import Transaction
+from fedcompute.storage.keys import IterationKey, TaskKey
+from fedcompute.storage.releases import LedgerEntry, record_entry, record_metrics
+from fedcompute.storage.schema import IterationStatus, TaskStatus
+from fedcompute.storage.tasks import TaskRow, complete_task
+
+LIST_LIMIT = 1000
+_LEVELS = {IterationStatus.COLLECTING: 0, IterationStatus.AGGREGATING: 1, IterationStatus.APPLYING: 2}
+
+
+@dataclass(frozen=True)
+class NewIteration:
+    """What an iteration is created with; it starts in COLLECTING."""
+
+    key: IterationKey
+    base_iteration_id: int
+    base_on_result_id: int  # whose client checkpoint devices get
+    result_id: int
+    report_goal: int  # contributions
+    max_aggregation_size: int  # assignments that hold a place
+    min_client_version: str
+    max_client_version: str
+    info: task_pb2.IterationInfo
+    expires: datetime | None = None
+
+
+@dataclass(frozen=True)
+class IterationRow:
+    """One attempt of one round as stored; `entered` is when its present status began, UTC."""
+
+    key: IterationKey
+    status: IterationStatus
+    aggregation_level: int
+    base_iteration_id: int
+    base_on_result_id: int
+    result_id: int
+    report_goal: int
+    max_aggregation_size: int
+    min_client_version: str
+    max_client_version: str
+    info: task_pb2.IterationInfo
+    created: datetime
+    entered: datetime
+    expires: datetime | None
+
+
+def next_iteration(
+    task: TaskRow,
+    last: IterationRow | None,
+    *,
+    training_iteration_id: int | None = None,
+    expires: datetime | None = None,
+) -> NewIteration:
+    """The iteration that follows `last` (None: the first one), as spec/server.md 5.4 derives it from the task.
+
+    An evaluation needs `training_iteration_id`, the released training iteration that it measures; training takes none.
+    Raises ValueError otherwise.
+    """
+    if task.is_training == (training_iteration_id is not None):
+        raise ValueError("training_iteration_id belongs to evaluation tasks, and they need it")
+    last_id = 0 if last is None else last.key.iteration_id
+    iteration_id = last_id + 1
+    base = last_id if task.is_training else iteration_id
+    return NewIteration(
+        key=IterationKey(task.key.population, task.key.task_id, iteration_id),
+        base_iteration_id=base,
+        base_on_result_id=base,
+        result_id=iteration_id,
+        report_goal=task.min_aggregation_size,
+        max_aggregation_size=task.max_aggregation_size,
+        min_client_version=task.min_client_version,
+        max_client_version=task.max_client_version,
+        info=task_pb2.IterationInfo(task_info=task.info, evaluation_training_iteration_id=training_iteration_id or 0),
+        expires=expires,
+    )
+
+
+def create_iteration(tx: Transaction, new: NewIteration, now: datetime) -> bool:
+    """Opens an iteration in COLLECTING; False, and nothing written, if it exists or its task is not OPEN."""
+    task = schema.task
+    # The lock keeps the task from ending between this question and the insert.
+    status = tx.execute(
+        select(task.c.status).where(schema.of_task(task, new.key.task)).with_for_update()
+    ).scalar_one_or_none()
+    if status != TaskStatus.OPEN:
+        return False
+    values = {
+        "population_name": new.key.population,
+        "task_id": new.key.task_id,
+        "iteration_id": new.key.iteration_id,
+        "attempt_id": new.key.attempt_id,
+        "base_iteration_id": new.base_iteration_id,
+        "base_on_result_id": new.base_on_result_id,
+        "result_id": new.result_id,
+        "report_goal": new.report_goal,
+        "max_aggregation_size": new.max_aggregation_size,
+        "min_client_version": new.min_client_version,
+        "max_client_version": new.max_client_version,
+        "info": MessageToDict(new.info),
+        "expiration_time": new.expires,
+        "aggregation_level": 0,
+    }
+    try:
+        with tx.begin_nested():
+            transitions.enter(tx, transitions.ITERATION, values, IterationStatus.COLLECTING, now)
+    except IntegrityError:
+        return False
+    return True
+
+
+def get_iteration(tx: Transaction, key: IterationKey) -> IterationRow | None:
+    """The iteration, or None."""
+    row = tx.execute(select(schema.iteration).where(schema.of_iteration(schema.iteration, key))).one_or_none()
+    return None if row is None else iteration_row(row)
+
+
+def newest_iteration(tx: Transaction, task: TaskKey) -> IterationRow | None:
+    """The iteration with the largest id, then attempt; None before the first."""
+    found = iterations_of(tx, task, limit=1, newest_first=True)
+    return found[0] if found else None
+
+
+def iterations_of(
+    tx: Transaction, task: TaskKey, *, limit: int = LIST_LIMIT, newest_first: bool = False
+) -> list[IterationRow]:
+    """A task's iterations by id and attempt, at most `limit`."""
+    table = schema.iteration
+    order = [table.c.iteration_id, table.c.attempt_id]
+    ordered = [column.desc() for column in order] if newest_first else order
+    query = select(table).where(schema.of_task(table, task)).order_by(*ordered).limit(limit)
+    return [iteration_row(row) for row in tx.execute(query)]
+
+
+def list_iterations(
+    tx: Transaction,
+    *,
+    statuses: Collection[IterationStatus],
+    task: TaskKey | None = None,
+    limit: int = LIST_LIMIT,
+) -> list[IterationRow]:
+    """Iterations in any of `statuses`, longest in their status first so that none starves; at most `limit`."""
+    table = schema.iteration
+    query = (
+        select(table)
+        .where(table.c.status.in_([int(status) for status in statuses]))
+        .order_by(table.c.status_time, *[table.c[name] for name in schema.ITERATION_COLUMNS])
+        .limit(limit)
+    )
+    if task is not None:
+        query = query.where(schema.of_task(table, task))
+    return [iteration_row(row) for row in tx.execute(query)]
+
+
+def move_iteration(
+    tx: Transaction, key: IterationKey, from_status: IterationStatus, to_status: IterationStatus, now: datetime
+) -> bool:
+    """Moves one iteration and sets the aggregation level of its new status; False if it was not in `from_status`."""
+    changes = {"aggregation_level": _LEVELS[to_status]} if to_status in _LEVELS else {}
+    where = [schema.of_iteration(schema.iteration, key)]
+    return bool(transitions.move(tx, transitions.ITERATION, where, from_status, to_status, now, **changes))
+
+
+def close_and_open_next(
+    tx: Transaction,
+    key: IterationKey,
+    *,
+    metrics: Mapping[str, float | None],
+    entry: LedgerEntry | None,
+    following: NewIteration | None,
+    now: datetime,
+) -> bool:
+    """Releases an iteration: APPLYING -> COMPLETED, its metrics, its ledger entry, and what comes next, or nothing.
+
+    What comes next: with `following` None and the iteration id at the task's total, the task completes; with
+    `following` None below the total (an evaluation without a checkpoint) the task stays OPEN; else `following` opens.
+    False, and nothing written, if the iteration was not APPLYING or its successor exists already: another worker was
+    first. Raises ValueError if `following` or `entry` belongs to another iteration, and whatever the database
+    raises; the transaction is then back where it was.
+
+    Formal guarantees: for one iteration at most one ledger entry is ever stored, and an iteration is COMPLETED with a
+    release only in the transaction that stores the entry given for it.
+    """
+    if entry is not None and entry.iteration != key:
+        raise ValueError(f"the ledger entry of {entry.iteration} cannot close {key}")
+    if following is not None and (following.key.task != key.task or following.key.iteration_id != key.iteration_id + 1):
+        raise ValueError(f"{following.key} does not follow {key}")
+    savepoint = tx.begin_nested()
+    try:
+        closed = _close(tx, key, metrics, entry, following, now)
+    except BaseException:
+        savepoint.rollback()
+        raise
+    if closed:
+        savepoint.commit()
+    else:
+        savepoint.rollback()
+    return closed
+
+
+def _close(
+    tx: Transaction,
+    key: IterationKey,
+    metrics: Mapping[str, float | None],
+    entry: LedgerEntry | None,
+    following: NewIteration | None,
+    now: datetime,
+) -> bool:
+    task = schema.task
+    row = tx.execute(
+        select(task.c.status, task.c.total_iteration).where(schema.of_task(task, key.task)).with_for_update()
+    ).one_or_none()
+    if row is None or not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.COMPLETED, now):
+        return False
+    record_metrics(tx, key, metrics, now)
+    if entry is not None:
+        record_entry(tx, entry)
+    if key.iteration_id >= row.total_iteration:
+        if following is not None:
+            raise ValueError(f"the task of {key} ends after {row.total_iteration} iterations")
+        return complete_task(tx, key.task, now)
+    return following is None or create_iteration(tx, following, now)
+
+
+def iteration_row(row: Row[Any]) -> IterationRow:
+    """A row of the iteration table as its dataclass."""
+    return IterationRow(
+        key=IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id),
+        status=IterationStatus(row.status),
+        aggregation_level=row.aggregation_level,
+        base_iteration_id=row.base_iteration_id,
+        base_on_result_id=row.base_on_result_id,
+        result_id=row.result_id,
+        report_goal=row.report_goal,
+        max_aggregation_size=row.max_aggregation_size,
+        min_client_version=row.min_client_version,
+        max_client_version=row.max_client_version,
+        info=ParseDict(row.info, task_pb2.IterationInfo()),
+        created=row.created_time,
+        entered=row.status_time,
+        expires=row.expiration_time,
+    )

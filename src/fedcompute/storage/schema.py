@@ -1,0 +1,351 @@
+"""Tables and status codes (spec/server.md 4 and 9).
+
+The codes are shared with dashboards and stored data and never change. A main row carries its status, the id of its
+newest history row (`status_id`) and that row's time (`status_time`), so that a transition is one conditional update.
+"""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import IntEnum
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    and_,
+    text,
+)
+
+from fedcompute.protos import task_pb2
+from fedcompute.storage.keys import IterationKey, TaskKey
+
+
+class TaskStatus(IntEnum):
+    """Database codes of a task; `TO_API` maps them to the wire's numbers (spec/server.md 4.1)."""
+
+    OPEN = 0
+    COMPLETED = 1
+    CREATED = 2
+    PAUSED = 3
+    CANCELED = 101
+    FAILED = 102
+
+
+ACTIVE_TASK = (TaskStatus.CREATED, TaskStatus.OPEN, TaskStatus.PAUSED)
+
+TO_API: Mapping[TaskStatus, task_pb2.TaskStatus.Enum] = {
+    TaskStatus.OPEN: task_pb2.TaskStatus.OPEN,
+    TaskStatus.COMPLETED: task_pb2.TaskStatus.COMPLETED,
+    TaskStatus.CREATED: task_pb2.TaskStatus.CREATED,
+    TaskStatus.PAUSED: task_pb2.TaskStatus.PAUSED,
+    TaskStatus.CANCELED: task_pb2.TaskStatus.CANCELED,
+    TaskStatus.FAILED: task_pb2.TaskStatus.FAILED,
+}
+
+
+class TaskKind(IntEnum):
+    """Which member of `TaskInfo.info` a task has."""
+
+    TRAINING = 1
+    EVALUATION = 2
+
+
+class IterationStatus(IntEnum):
+    """Codes of an iteration; below 50 it is active (spec/server.md 4.2)."""
+
+    COLLECTING = 0
+    AGGREGATING = 1
+    APPLYING = 4
+    COMPLETED = 50
+    POST_PROCESSED = 51
+    CANCELED = 101
+    AGGREGATING_FAILED = 102
+    APPLYING_FAILED = 103
+
+
+ACTIVE_ITERATION = (IterationStatus.COLLECTING, IterationStatus.AGGREGATING, IterationStatus.APPLYING)
+
+
+class AssignmentStatus(IntEnum):
+    """Codes of an assignment; below 100 it holds one of its iteration's places (spec/server.md 4.3)."""
+
+    ASSIGNED = 0
+    LOCAL_COMPLETED = 1
+    UPLOAD_COMPLETED = 2
+    CANCELED = 101
+    LOCAL_FAILED = 102
+    LOCAL_NOT_ELIGIBLE = 103
+    REMOTE_FAILED = 104
+    LOCAL_FAILED_EXAMPLE_GENERATION = 105
+    LOCAL_FAILED_MODEL_COMPUTATION = 106
+    LOCAL_FAILED_OPS_ERROR = 107
+    LOCAL_TIMEOUT = 151
+    UPLOAD_TIMEOUT = 152
+
+
+class BatchStatus(IntEnum):
+    """Codes of an aggregation batch (spec/server.md 4.4)."""
+
+    FULL = 1
+    PUBLISH_COMPLETED = 2
+    UPLOAD_COMPLETED = 3
+    FAILED = 101
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A timestamp with a time zone, UTC in and UTC out; SQLite keeps text that sorts by time."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a stored timestamp needs a time zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s",
+    }
+)
+
+TASK_COLUMNS = ("population_name", "task_id")
+ITERATION_COLUMNS = (*TASK_COLUMNS, "iteration_id", "attempt_id")
+ASSIGNMENT_COLUMNS = (*ITERATION_COLUMNS, "session_id")
+BATCH_COLUMNS = (*ITERATION_COLUMNS, "batch_id")
+
+
+def _keys(names: tuple[str, ...]) -> list[Column[object]]:
+    return [Column(name, _KEY_TYPES.get(name, BigInteger), primary_key=True, autoincrement=False) for name in names]
+
+
+_KEY_TYPES = {"population_name": String(64), "session_id": String(64), "batch_id": String(64)}
+
+
+def _child_of(parent: str, names: tuple[str, ...]) -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(names, [f"{parent}.{name}" for name in names], ondelete="CASCADE")
+
+
+def _status() -> list[Column[object]]:
+    return [
+        Column("status", BigInteger, nullable=False),
+        Column("status_id", BigInteger, nullable=False),
+        Column("status_time", UtcDateTime, nullable=False),
+    ]
+
+
+def _log(names: tuple[str, ...]) -> list[Column[object]]:
+    return [
+        *_keys((*names, "status_id")),
+        Column("status", BigInteger, nullable=False),
+        Column("created_time", UtcDateTime, nullable=False),
+    ]
+
+
+task = Table(
+    "task",
+    metadata,
+    *_keys(TASK_COLUMNS),
+    Column("kind", BigInteger, nullable=False),
+    Column("total_iteration", BigInteger, nullable=False),
+    Column("min_aggregation_size", BigInteger, nullable=False),
+    Column("max_aggregation_size", BigInteger, nullable=False),
+    *_status(),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("start_time", UtcDateTime),
+    Column("stop_time", UtcDateTime),
+    Column("start_task_no_earlier_than", UtcDateTime),
+    Column("do_not_create_iteration_after", UtcDateTime),
+    Column("max_parallel", BigInteger, nullable=False),
+    Column("correlation_id", Text, nullable=False),
+    Column("min_client_version", String(32), nullable=False),
+    Column("max_client_version", String(32), nullable=False),
+    Column("info", JSON, nullable=False),
+    Index("ix_task_status", "status"),
+    # The rule "one active task of a kind in a population" belongs to the database: two creators cannot both win.
+    Index(
+        "uq_task_active_kind",
+        "population_name",
+        "kind",
+        unique=True,
+        sqlite_where=text("status IN (0, 2, 3)"),
+        postgresql_where=text("status IN (0, 2, 3)"),
+    ),
+)
+
+task_status_history = Table("task_status_history", metadata, *_log(TASK_COLUMNS), _child_of("task", TASK_COLUMNS))
+
+iteration = Table(
+    "iteration",
+    metadata,
+    *_keys(ITERATION_COLUMNS),
+    *_status(),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("base_iteration_id", BigInteger, nullable=False),
+    Column("base_on_result_id", BigInteger, nullable=False),
+    Column("report_goal", BigInteger, nullable=False),
+    Column("expiration_time", UtcDateTime),
+    Column("result_id", BigInteger, nullable=False),
+    Column("info", JSON, nullable=False),
+    Column("aggregation_level", BigInteger, nullable=False),
+    Column("max_aggregation_size", BigInteger, nullable=False),
+    Column("min_client_version", String(32), nullable=False),
+    Column("max_client_version", String(32), nullable=False),
+    _child_of("task", TASK_COLUMNS),
+    Index("ix_iteration_status", "status"),
+    Index("ix_iteration_population_name_status", "population_name", "status"),
+)
+
+iteration_status_history = Table(
+    "iteration_status_history",
+    metadata,
+    *_log(ITERATION_COLUMNS),
+    Column("aggregation_level", BigInteger, nullable=False),
+    _child_of("iteration", ITERATION_COLUMNS),
+    Index("ix_iteration_status_history_task_status", *TASK_COLUMNS, "status", "created_time"),
+)
+
+assignment = Table(
+    "assignment",
+    metadata,
+    *_keys(ASSIGNMENT_COLUMNS),
+    *_status(),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("correlation_id", Text, nullable=False),
+    Column("batch_id", String(64)),
+    Column("rejection", String(64)),
+    _child_of("iteration", ITERATION_COLUMNS),
+    # The wire names a session without its attempt, so a session is found by its id alone.
+    Index("uq_assignment_session_id", "session_id", unique=True),
+    Index("ix_assignment_iteration_status", *ITERATION_COLUMNS, "status", "batch_id"),
+    Index("ix_assignment_status_status_time", "status", "status_time"),
+)
+
+assignment_status_history = Table(
+    "assignment_status_history",
+    metadata,
+    *_log(ASSIGNMENT_COLUMNS),
+    Column("batch_id", String(64)),
+    Column("rejection", String(64)),
+    _child_of("assignment", ASSIGNMENT_COLUMNS),
+)
+
+aggregation_batch = Table(
+    "aggregation_batch",
+    metadata,
+    *_keys(BATCH_COLUMNS),
+    *_status(),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("aggregation_level", BigInteger, nullable=False),
+    Column("batch_size", BigInteger, nullable=False),
+    Column("accepted_size", BigInteger),
+    # `{population}/{task}/{iteration}/{attempt}` of a 64-character population needs more than 64 characters.
+    Column("created_by_partition", String(160), nullable=False),
+    Column("aggregated_by", String(64)),
+    _child_of("iteration", ITERATION_COLUMNS),
+    Index("ix_aggregation_batch_iteration_status", *ITERATION_COLUMNS, "aggregation_level", "status"),
+)
+
+aggregation_batch_status_history = Table(
+    "aggregation_batch_status_history",
+    metadata,
+    *_log(BATCH_COLUMNS),
+    Column("aggregation_level", BigInteger, nullable=False),
+    Column("created_by_partition", String(160), nullable=False),
+    Column("aggregated_by", String(64)),
+    Column("accepted_size", BigInteger),
+    _child_of("aggregation_batch", BATCH_COLUMNS),
+)
+
+model_metrics = Table(
+    "model_metrics",
+    metadata,
+    *_keys((*TASK_COLUMNS, "iteration_id")),
+    Column("metric_name", Text, primary_key=True),
+    Column("metric_value", Float(53)),
+    Column("created_time", UtcDateTime, nullable=False),
+    _child_of("task", TASK_COLUMNS),
+    Index("ix_model_metrics_created_time", "created_time"),
+)
+
+# No foreign key: what was spent stays spent when a task's rows go.
+privacy_ledger = Table(
+    "privacy_ledger",
+    metadata,
+    *_keys((*TASK_COLUMNS, "iteration_id")),
+    Column("event", JSON, nullable=False),
+    Column("clip_norm", Float(53)),
+    Column("report_goal", BigInteger, nullable=False),
+    Column("contributions", BigInteger, nullable=False),
+    Column("created_time", UtcDateTime, nullable=False),
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("key_hash", String(64), primary_key=True),
+    Column("session_id", String(64), nullable=False),
+    Column("expires", UtcDateTime, nullable=False),
+    Index("ix_idempotency_expires", "expires"),
+)
+
+encryption_key = Table(
+    "encryption_key",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("private_key", LargeBinary, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires", UtcDateTime, nullable=False),
+    Column("published_until", UtcDateTime, nullable=False),
+)
+
+server_secret = Table(
+    "server_secret",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("expires", UtcDateTime, nullable=False),
+)
+
+
+def of_task(table: Table, key: TaskKey) -> ColumnElement[bool]:
+    """The condition that a row of `table` belongs to a task."""
+    return and_(table.c.population_name == key.population, table.c.task_id == key.task_id)
+
+
+def of_iteration(table: Table, key: IterationKey) -> ColumnElement[bool]:
+    """The condition that a row of `table` belongs to an attempt of an iteration."""
+    return and_(
+        of_task(table, key.task), table.c.iteration_id == key.iteration_id, table.c.attempt_id == key.attempt_id
+    )

@@ -1,0 +1,191 @@
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from fedcompute.storage import schema
+from fedcompute.storage.iterations import (
+    close_and_open_next,
+    create_iteration,
+    get_iteration,
+    iterations_of,
+    list_iterations,
+    move_iteration,
+    newest_iteration,
+    next_iteration,
+)
+from fedcompute.storage.keys import IterationKey
+from fedcompute.storage.releases import LedgerEntry, completed_iterations, ledger_entries, metrics_of, record_entry
+from fedcompute.storage.schema import IterationStatus, TaskStatus
+from fedcompute.storage.tasks import cancel_task, get_task
+
+
+@pytest.fixture
+def entry(now):
+    def make(key):
+        event = {"class": "GaussianDpEvent", "noise_multiplier": 0.7}
+        return LedgerEntry(key, event, clip_norm=1.5, report_goal=2, contributions=2, created=now)
+
+    return make
+
+
+@pytest.fixture
+def following(database):
+    def make(key):
+        with database.read() as tx:
+            return next_iteration(get_task(tx, key.task), get_iteration(tx, key))
+
+    return make
+
+
+def test_the_next_training_iteration_builds_on_the_last(database, collecting):
+    key = collecting()
+    with database.read() as tx:
+        task, first = get_task(tx, key.task), get_iteration(tx, key)
+    second = next_iteration(task, first)
+    assert (first.base_on_result_id, first.result_id, first.report_goal, first.max_aggregation_size) == (0, 1, 2, 5)
+    assert (second.key.iteration_id, second.base_on_result_id, second.result_id) == (2, 1, 2)
+    assert first.info.task_info == task.info
+    with pytest.raises(ValueError):
+        next_iteration(task, first, training_iteration_id=1)
+
+
+def test_an_evaluation_iteration_serves_its_own_checkpoint(database, collecting):
+    collecting()
+    key = collecting(evaluates=1)
+    with database.read() as tx:
+        first = get_iteration(tx, key)
+    assert (first.base_on_result_id, first.info.evaluation_training_iteration_id) == (1, 1)
+
+
+def test_an_iteration_is_created_once_and_only_while_its_task_is_open(database, collecting, following, now):
+    key = collecting()
+    second = following(key)
+    with database.write() as tx:
+        assert create_iteration(tx, second, now)
+        assert not create_iteration(tx, second, now)
+        assert cancel_task(tx, key.task, now)
+        third = next_iteration(get_task(tx, key.task), newest_iteration(tx, key.task))
+        assert not create_iteration(tx, third, now)
+        assert [row.key.iteration_id for row in iterations_of(tx, key.task)] == [1, 2]
+
+
+def test_the_longest_waiting_iteration_is_listed_first(database, collecting, now):
+    keys = [collecting(name) for name in ("a", "b", "c")]
+    later = now + timedelta(seconds=1)
+    with database.write() as tx:
+        assert move_iteration(tx, keys[0], IterationStatus.COLLECTING, IterationStatus.AGGREGATING, later)
+        both = (IterationStatus.COLLECTING, IterationStatus.AGGREGATING)
+        assert [row.key for row in list_iterations(tx, statuses=both)] == [keys[1], keys[2], keys[0]]
+        assert [row.key for row in list_iterations(tx, statuses=both[:1], task=keys[2].task)] == [keys[2]]
+
+
+def test_the_level_follows_the_status_and_history_repeats_it(database, applying, now):
+    key = applying()
+    with database.read() as tx:
+        assert get_iteration(tx, key).aggregation_level == 2
+        rows = tx.execute(schema.iteration_status_history.select().order_by("status_id")).all()
+    assert [(row.status_id, row.status, row.aggregation_level) for row in rows] == [(1, 0, 0), (2, 1, 1), (3, 4, 2)]
+
+
+def test_of_racers_for_a_transition_one_wins(database, collecting, race, now):
+    key = collecting()
+
+    def work(opened, _):
+        with opened.write() as tx:
+            return move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.AGGREGATING, now)
+
+    assert sorted(race(8, work)) == [False] * 7 + [True]
+    with database.read() as tx:
+        assert len(tx.execute(schema.iteration_status_history.select()).all()) == 2
+
+
+def test_closing_releases_metrics_entry_and_successor_together(database, applying, following, entry, now):
+    key = applying()
+    metrics = {"x" * 200: 0.5, "loss": float("nan"), "none": None}
+    with database.write() as tx:
+        assert close_and_open_next(tx, key, metrics=metrics, entry=entry(key), following=following(key), now=now)
+    with database.write() as tx:
+        assert get_iteration(tx, key).status is IterationStatus.COMPLETED
+        assert newest_iteration(tx, key.task).key.iteration_id == 2
+        assert ledger_entries(tx, "digits") == [entry(key)]
+        assert {row.name: row.value for row in metrics_of(tx, key.task)} == {"x" * 200: 0.5, "loss": None, "none": None}
+        assert [(row.iteration_id, row.completed) for row in completed_iterations(tx, key.task)] == [(1, now)]
+        assert completed_iterations(tx, key.task, since=now + timedelta(microseconds=1)) == []
+        assert not close_and_open_next(tx, key, metrics={}, entry=None, following=None, now=now)
+
+
+def test_the_last_iteration_completes_the_task(database, applying, entry, now):
+    key = applying(total_iteration=1)
+    with database.write() as tx:
+        assert close_and_open_next(tx, key, metrics={}, entry=entry(key), following=None, now=now)
+        assert get_task(tx, key.task).status is TaskStatus.COMPLETED
+
+
+def test_an_iteration_without_a_successor_leaves_the_task_open(database, applying, now):
+    key = applying()
+    with database.write() as tx:
+        assert close_and_open_next(tx, key, metrics={}, entry=None, following=None, now=now)
+        assert get_task(tx, key.task).status is TaskStatus.OPEN
+
+
+def test_nothing_is_released_when_the_ledger_entry_cannot_be_stored(database, applying, following, entry, now):
+    key = applying()
+    with database.write() as tx:
+        record_entry(tx, entry(key))
+    with database.write() as tx:
+        with pytest.raises(IntegrityError):
+            close_and_open_next(tx, key, metrics={"loss": 1.0}, entry=entry(key), following=following(key), now=now)
+        # The caller may go on with its transaction: the failed release has left nothing in it.
+        assert tx.execute(text("SELECT 1")).scalar() == 1
+    with database.read() as tx:
+        assert get_iteration(tx, key).status is IterationStatus.APPLYING
+        assert newest_iteration(tx, key.task).key == key
+        assert metrics_of(tx, key.task) == []
+        assert len(tx.execute(schema.iteration_status_history.select()).all()) == 3
+
+
+def test_nothing_is_released_when_the_successor_exists(database, applying, following, entry, now):
+    key = applying()
+    with database.write() as tx:
+        assert create_iteration(tx, following(key), now)
+        assert not close_and_open_next(
+            tx, key, metrics={"loss": 1.0}, entry=entry(key), following=following(key), now=now
+        )
+    with database.read() as tx:
+        assert get_iteration(tx, key).status is IterationStatus.APPLYING
+        assert ledger_entries(tx, "digits") == []
+        assert metrics_of(tx, key.task) == []
+
+
+def test_a_canceled_task_releases_nothing(database, applying, entry, now):
+    key = applying(total_iteration=1)
+    with database.write() as tx:
+        assert cancel_task(tx, key.task, now)
+        assert not close_and_open_next(tx, key, metrics={}, entry=entry(key), following=None, now=now)
+        assert ledger_entries(tx, "digits") == []
+
+
+def test_an_entry_or_successor_of_another_iteration_is_a_mistake(database, applying, following, entry, now):
+    key = applying()
+    other = IterationKey("digits", 1, 7)
+    with database.write() as tx:
+        with pytest.raises(ValueError, match="ledger"):
+            close_and_open_next(tx, key, metrics={}, entry=entry(other), following=None, now=now)
+        skipping = replace(following(key), key=other)
+        with pytest.raises(ValueError, match="follow"):
+            close_and_open_next(tx, key, metrics={}, entry=None, following=skipping, now=now)
+
+
+def test_the_ledger_outlives_its_task_and_is_never_cut_short(database, applying, entry, now):
+    key = applying(total_iteration=1)
+    with database.write() as tx:
+        close_and_open_next(tx, key, metrics={"loss": 1.0}, entry=entry(key), following=None, now=now)
+        tx.execute(schema.task.delete())
+        assert metrics_of(tx, key.task) == []
+        assert tx.execute(schema.iteration_status_history.select()).all() == []
+        assert len(ledger_entries(tx, "digits", task=key.task)) == 1
+        with pytest.raises(Exception, match="more than 0"):
+            ledger_entries(tx, "digits", limit=0)
