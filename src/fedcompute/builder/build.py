@@ -1,0 +1,175 @@
+"""A task group from a saved model and a configuration (spec/task-builder.md 7.4)."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
+from fedcompute.builder.client_graph import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    TARGET_NAME,
+    TOKEN_NAME,
+    ClientSettings,
+    client_graph,
+)
+from fedcompute.builder.composition import choose, choose_metrics, compose
+from fedcompute.builder.differential_privacy import DpParameters, check_dp, dp_parameters, dp_type
+from fedcompute.builder.op_check import NO_MINIMUM, flex_ops, min_client_version, supported_ops
+from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
+from fedcompute.builder.tasks import correlation_id, evaluation_task, training_task
+from fedcompute.builder.tflite import convert, prune
+from fedcompute.builder.validation import DEFAULT_POPULATION, BuildSettings, validate
+from fedcompute.errors import BuildFailed, FedComputeError, Reason
+from fedcompute.learning.specification import evaluation_process, initial_state, zero_state
+from fedcompute.models.functional_model import FunctionalModel
+from fedcompute.models.saved_model import load_functional_model
+from fedcompute.protos import learning_pb2, task_builder_pb2, task_pb2
+from fedcompute.tensors.checkpoint import write_checkpoint
+from fedcompute.tensors.tree import Tensors
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def build_task_group(
+    saved_model_dir: Path | str,
+    config: task_builder_pb2.TaskConfig,
+    flags: task_builder_pb2.ExperimentFlags | None = None,
+    *,
+    report: task_builder_pb2.TaskReport | None = None,
+    default_population: int = DEFAULT_POPULATION,
+    op_table: str | None = None,
+) -> BuiltGroup:
+    """Builds the tasks that the configuration asks for; nothing is stored or registered.
+
+    `report` is filled as far as the work gets, also when it raises. `op_table` replaces the table of ops that devices
+    have (`version,op` lines). Raises ConfigInvalid (rules, DP check, values this builder does not offer),
+    ArtifactInvalid (the model) and BuildFailed (OPS_NOT_SUPPORTED, BUILD_FAILED).
+    """
+    flags = flags if flags is not None else task_builder_pb2.ExperimentFlags()
+    report = report if report is not None else task_builder_pb2.TaskReport()
+    settings = validate(config, flags, default_population=default_population)
+    _report_settings(report, settings, flags)
+    choices = choose(settings)
+    logger.info("Basic config is valid. Start validating differential privacy setup...")
+    dp = _differential_privacy(settings, flags, report)
+    logger.info("Task config is valid! Start building the task group.")
+    metrics = choose_metrics(settings.metrics)
+    report.metric_results.accepted_metrics = ", ".join(metrics.accepted)
+    report.metric_results.rejected_metrics = ", ".join(metrics.rejected)
+    report.warnings.extend(metrics.warnings)
+
+    model = load_functional_model(saved_model_dir)
+    aggregator = learning_pb2.UniformMean() if flags.skip_dp_aggregator else dp_type(settings).aggregator(dp)
+    process = compose(choices, model, aggregator, metrics.accepted)
+    client = ClientSettings(
+        label_name=settings.config.label_name,
+        batch_size=settings.batch_size,
+        max_batches=settings.max_batches,
+        optimizer=choices.client_optimizer,
+        learning_rate=settings.client_learning_rate,
+        selector=b"",
+    )
+    versions = None if flags.skip_flex_ops_check else supported_ops(op_table)
+    group_id = correlation_id()
+    training = evaluation = None
+    if settings.trains:
+        state = initial_state(process, model.trainable, model.non_trainable)
+        built = _build_artifacts(model, process, client, settings.example_selector_uri, state, versions)
+        training = built.of(training_task(settings, built.min_client_version, group_id))
+    if settings.evaluation is not None:
+        evaluated = evaluation_process(process, metrics.accepted)
+        uri = settings.evaluation.example_selector_uri
+        built = _build_artifacts(model, evaluated, client, uri, zero_state(evaluated), versions)
+        evaluation = built.of(evaluation_task(settings, built.min_client_version, group_id))
+    return BuiltGroup(training, evaluation, report)
+
+
+def _report_settings(
+    report: task_builder_pb2.TaskReport, settings: BuildSettings, flags: task_builder_pb2.ExperimentFlags
+) -> None:
+    applied = report.applied_algorithms
+    applied.learning_algo = settings.algorithm
+    applied.client_optimizer = settings.client_optimizer
+    applied.server_optimizer = settings.server_optimizer
+    report.warnings.extend(settings.warnings)
+    for field, _ in flags.ListFields():
+        report.warnings.append(f"built with {field.name}")
+        logger.warning("The build for population %r uses %s.", settings.population, field.name)
+    if settings.config.use_daf:
+        report.warnings.append("use_daf has no effect: plans carry the server's half as data")
+
+
+def _differential_privacy(
+    settings: BuildSettings, flags: task_builder_pb2.ExperimentFlags, report: task_builder_pb2.TaskReport
+) -> DpParameters:
+    dp = dp_parameters(settings)
+    if not flags.skip_dp_aggregator:
+        report.applied_algorithms.dp_aggregator = dp.type
+    hyperparameters = report.dp_hyperparameters
+    hyperparameters.dp_delta = dp.delta
+    hyperparameters.dp_epsilon = dp.epsilon
+    hyperparameters.noise_multiplier = dp.noise_multiplier
+    hyperparameters.dp_clip_norm = dp.clip_norm
+    hyperparameters.num_training_rounds = dp.rounds
+    if flags.skip_dp_aggregator:
+        report.warnings.append("the plan clips nothing and adds no noise; dp_hyperparameters are not applied")
+    if not flags.skip_dp_check:
+        check_dp(settings, dp)
+    return dp
+
+
+@dataclass(frozen=True)
+class _Artifacts:
+    plan: bytes
+    client_plan: bytes
+    checkpoint: bytes
+    min_client_version: str
+
+    def of(self, task: task_pb2.Task) -> BuiltTask:
+        return BuiltTask(task, self.plan, self.client_plan, self.checkpoint)
+
+
+def _build_artifacts(
+    model: FunctionalModel,
+    process: learning_pb2.LearningProcess,
+    client: ClientSettings,
+    selector_uri: str,
+    state: Tensors,
+    versions: Mapping[str, int] | None,
+) -> _Artifacts:
+    """Plan, device plan and checkpoint of one process; `versions` None skips the op check."""
+    selector = example_selector(selector_uri)
+    settings = replace(client, selector=selector.SerializeToString())
+    graph = _step("Cannot build the plan", lambda: _tflite_graph(model, process, settings))
+    plan = build_plan(process, graph, selector)
+    logger.info("Plan was built successfully.")
+    version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph), versions)
+    if versions is not None:
+        logger.info("The task can only run on Android build %s or above", version)
+    client_plan = client_only_plan(plan)
+    logger.info("ClientOnlyPlan was built successfully.")
+    checkpoint = _step("Cannot build the initial checkpoint", lambda: write_checkpoint(state))
+    logger.info("Initial checkpoint was built successfully.")
+    return _Artifacts(plan.SerializeToString(), client_plan.SerializeToString(), checkpoint, version)
+
+
+def _tflite_graph(model: FunctionalModel, process: learning_pb2.LearningProcess, settings: ClientSettings) -> bytes:
+    graph = prune(client_graph(model, process, settings), TARGET_NAME)
+    return convert(graph, [TOKEN_NAME, INPUT_NAME, OUTPUT_NAME], TARGET_NAME)
+
+
+def _step(name: str, work: Callable[[], T]) -> T:
+    """Runs one step; whatever TensorFlow or the model's own code raises becomes a BuildFailed that names the step."""
+    try:
+        return work()
+    except BuildFailed as error:
+        raise BuildFailed(error.reason, f"{name}: {error.detail}", remedy=error.remedy) from error
+    except FedComputeError:
+        raise
+    except Exception as error:
+        raise BuildFailed(Reason.BUILD_FAILED, f"{name}: {error}") from error

@@ -1,0 +1,103 @@
+"""The learning process of a configuration: what this builder offers, as tables (spec/task-builder.md 4)."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcompute.builder.client_metrics import METRIC_UPDATES
+from fedcompute.builder.client_optimizers import CLIENT_OPTIMIZERS, ClientOptimizer
+from fedcompute.builder.validation import BuildSettings, supported
+from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.learning.metrics import LOSS, METRICS
+from fedcompute.learning.specification import training_process
+from fedcompute.models.functional_model import FunctionalModel
+from fedcompute.protos import learning_pb2, task_builder_pb2
+from fedcompute.tensors.tree import LeafSpec
+
+_Algo = task_builder_pb2.LearningAlgo
+_Optimizer = task_builder_pb2.Optimizer
+_ServerOptimizer = learning_pb2.Sgd | learning_pb2.Adam
+_Aggregator = learning_pb2.UniformMean | learning_pb2.FixedGaussian
+
+ALGORITHMS: Mapping[int, learning_pb2.LearningProcess.Algorithm] = {
+    _Algo.FED_AVG: learning_pb2.LearningProcess.FED_AVG,
+}
+SERVER_OPTIMIZERS: Mapping[int, Callable[[float], _ServerOptimizer]] = {
+    _Optimizer.SGD: lambda rate: learning_pb2.Sgd(learning_rate=rate),
+    _Optimizer.ADAM: lambda rate: learning_pb2.Adam(learning_rate=rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7),
+}
+# A metric needs both halves: its update on the device and its finalizer on the server.
+ALLOWED_METRICS = tuple(name for name in METRICS if name in METRIC_UPDATES and name != LOSS.name)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The entries that a configuration selects."""
+
+    algorithm: learning_pb2.LearningProcess.Algorithm
+    client_optimizer: ClientOptimizer
+    server_optimizer: _ServerOptimizer
+
+
+@dataclass(frozen=True)
+class MetricChoice:
+    """Configured metric names, split by the allow-list; `warnings` names the nearest allowed name of each rejected."""
+
+    accepted: tuple[str, ...]
+    rejected: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def choose(settings: BuildSettings) -> Choices:
+    """Looks up algorithm and optimizers; ConfigInvalid names the field whose value this builder does not offer."""
+    entity = "learning_process"
+    return Choices(
+        supported(ALGORITHMS, _Algo.Enum, settings.algorithm, "type", entity),
+        supported(CLIENT_OPTIMIZERS, _Optimizer.Enum, settings.client_optimizer, "client_optimizer", entity),
+        supported(SERVER_OPTIMIZERS, _Optimizer.Enum, settings.server_optimizer, "server_optimizer", entity)(
+            settings.server_learning_rate
+        ),
+    )
+
+
+def choose_metrics(names: Sequence[str]) -> MetricChoice:
+    """Rejected names do not fail a build; they are left out and reported."""
+    rejected = tuple(name for name in names if name not in ALLOWED_METRICS)
+    return MetricChoice(
+        accepted=tuple(name for name in names if name in ALLOWED_METRICS),
+        rejected=rejected,
+        warnings=tuple(f"metric {name!r} is left out: {_nearest(name)}" for name in rejected),
+    )
+
+
+def compose(
+    choices: Choices, model: FunctionalModel, aggregator: _Aggregator, metrics: Sequence[str]
+) -> learning_pb2.LearningProcess:
+    """The training process of a model; raises ArtifactInvalid (MODEL_UNSUPPORTED) for weights it cannot train."""
+    for index, weight in enumerate(model.trainable):
+        if weight.dtype != np.float32:
+            raise ArtifactInvalid(
+                Reason.MODEL_UNSUPPORTED,
+                f"trainable weight {index} is {weight.dtype}; only float32 weights are trained",
+            )
+    return training_process(
+        algorithm=choices.algorithm,
+        trainable=_specs(model.trainable),
+        non_trainable=_specs(model.non_trainable),
+        server_optimizer=choices.server_optimizer,
+        aggregator=aggregator,
+        metrics=metrics,
+    )
+
+
+def _specs(weights: Sequence[NDArray[Any]]) -> list[LeafSpec]:
+    return [LeafSpec(str(index), tuple(weight.shape), weight.dtype) for index, weight in enumerate(weights)]
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name.lower(), ALLOWED_METRICS, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(ALLOWED_METRICS)}"

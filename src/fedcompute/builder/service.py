@@ -1,0 +1,239 @@
+"""The task builder as an HTTP service (spec/task-builder.md 8.1). It loads no TensorFlow: builds run in a worker."""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from fedcompute.builder.archive import MAX_ARCHIVE_BYTES
+from fedcompute.builder.artifacts import BuiltGroup
+from fedcompute.builder.local_files import artifact_path, write_artifact
+from fedcompute.builder.task_management import PROTOBUF, link_warning, register_group
+from fedcompute.builder.tasks import artifact_only_task
+from fedcompute.builder.validation import DEFAULT_POPULATION
+from fedcompute.builder.worker import BuildJob, BuildOutcome, error_info, prepare_worker, run_build
+from fedcompute.errors import BuildFailed, ConfigInvalid, FedComputeError, Reason
+from fedcompute.protos import task_builder_pb2
+
+logger = logging.getLogger(__name__)
+
+_Mode = task_builder_pb2.TaskMode
+_ErrorType = task_builder_pb2.ErrorType
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How the service behaves.
+
+    `task_management_url`: where tasks are registered, "" if nowhere. `storage_root`: the only directory that
+    artifact-only builds may write to. `forbidden_flags`: names of experiment flags that requests may not set.
+    `op_table`: replaces the table of ops that devices have.
+    """
+
+    task_management_url: str = ""
+    default_population: int = DEFAULT_POPULATION
+    storage_root: Path | None = None
+    allow_local_models: bool = True
+    forbidden_flags: frozenset[str] = field(default_factory=frozenset)
+    op_table: str | None = None
+    max_request_bytes: int = MAX_ARCHIVE_BYTES + (1 << 20)
+    build_timeout: float = 540.0  # seconds; below the 600 of common gateways
+
+
+class BuildWorker:
+    """One spawned process that builds; a build that hangs or kills it costs that build and a restart."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._turn = asyncio.Lock()
+
+    async def build(self, job: BuildJob, timeout: float) -> BuildOutcome:
+        """Runs a build when those before it are done; BuildFailed if it outlives `timeout` seconds or dies."""
+        async with self._turn:
+            if self._pool is None:
+                context = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=prepare_worker)
+            try:
+                future = asyncio.wrap_future(self._pool.submit(run_build, job))
+                return await asyncio.wait_for(future, timeout)
+            except TimeoutError:
+                self.close()
+                raise BuildFailed(Reason.BUILD_FAILED, f"the build took more than {timeout:g} seconds") from None
+            except BrokenProcessPool:
+                self.close()
+                raise BuildFailed(Reason.BUILD_FAILED, "the build ended its process; is memory short?") from None
+            except asyncio.CancelledError:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._pool is None:
+            return
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        self._pool = None
+
+
+def create_service(settings: ServiceSettings) -> Starlette:
+    """The ASGI application with its four routes."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.settings = settings
+        app.state.worker = BuildWorker()
+        try:
+            yield
+        finally:
+            app.state.worker.close()
+
+    return Starlette(
+        routes=[
+            Route("/taskbuilder/v1:build-task-group", build_task_group, methods=["POST"]),
+            Route("/taskbuilder/v1:build-artifacts", build_artifacts, methods=["POST"]),
+            Route("/ready", greet, methods=["GET"]),
+            Route("/healthz", greet, methods=["GET"]),
+        ],
+        lifespan=lifespan,
+    )
+
+
+async def greet(request: Request) -> Response:
+    """GET /ready and /healthz."""
+    return PlainTextResponse("The task builder is ready.\n")
+
+
+async def build_task_group(request: Request) -> Response:
+    """POST /taskbuilder/v1:build-task-group: builds, creates the tasks and uploads their artifacts."""
+    return await _answer(request, artifact_only=False)
+
+
+async def build_artifacts(request: Request) -> Response:
+    """POST /taskbuilder/v1:build-artifacts: builds and writes the artifacts where the configuration says."""
+    return await _answer(request, artifact_only=True)
+
+
+async def _answer(request: Request, *, artifact_only: bool) -> Response:
+    settings: ServiceSettings = request.app.state.settings
+    body = await _read_body(request, settings.max_request_bytes)
+    if body is None:
+        return PlainTextResponse(f"a request has at most {settings.max_request_bytes} bytes\n", status_code=413)
+    try:
+        message = task_builder_pb2.BuildTaskRequest.FromString(body)
+    except DecodeError:
+        return PlainTextResponse("Unable to decode request body: no BuildTaskRequest\n", status_code=400)
+    response = task_builder_pb2.BuildTaskResponse()
+    response.task_report.SetInParent()
+    try:
+        result = await _build(request.app.state.worker, settings, message, response.task_report, artifact_only)
+    except FedComputeError as error:
+        result = error_info(error)
+    if isinstance(result, task_builder_pb2.ErrorInfo):
+        logger.warning("A task group was refused: %s", _ErrorType.Enum.Name(result.error_type))
+        response.error_info.CopyFrom(result)
+    else:
+        response.task_group.CopyFrom(result)
+    return Response(response.SerializeToString(), media_type=PROTOBUF)
+
+
+async def _build(
+    worker: BuildWorker,
+    settings: ServiceSettings,
+    message: task_builder_pb2.BuildTaskRequest,
+    report: task_builder_pb2.TaskReport,
+    artifact_only: bool,
+) -> task_builder_pb2.TaskGroup | task_builder_pb2.ErrorInfo:
+    logger.info("Start building task group under population %r.", message.task_config.population_name)
+    _check_flags(message.flags, settings.forbidden_flags)
+    # Looked at first: a build takes long, and none of it could be kept.
+    places = _artifact_places(message.task_config, settings.storage_root) if artifact_only else {}
+    if not artifact_only and not settings.task_management_url:
+        raise BuildFailed(Reason.TASK_MANAGEMENT_FAILED, "Cannot find task management server.")
+    job = BuildJob(message, settings.default_population, settings.op_table, settings.allow_local_models)
+    outcome = await worker.build(job, settings.build_timeout)
+    report.CopyFrom(outcome.report)
+    if outcome.group is None:
+        assert outcome.error is not None, "an outcome is a group or an error"
+        return outcome.error
+    if artifact_only:
+        return await run_in_threadpool(_write_group, outcome.group, places)
+    group = await run_in_threadpool(register_group, settings.task_management_url, outcome.group)
+    if warning := link_warning(group):
+        report.warnings.append(warning)
+    return group
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the three artifacts of one artifact-only task go."""
+
+    urls: task_builder_pb2.ArtifactBuilding
+    plan: Path
+    client_plan: Path
+    checkpoint: Path
+
+
+def _artifact_places(config: task_builder_pb2.TaskConfig, root: Path | None) -> dict[str, _Places]:
+    """TaskGroup field name -> places, for the tasks that the configuration's mode builds."""
+    learning = config.federated_learning
+    evaluates = config.mode in (_Mode.TRAINING_AND_EVAL, _Mode.EVAL_ONLY) or (
+        config.mode == _Mode.UNKNOWN and learning.HasField("evaluation")
+    )
+    urls = {}
+    if config.mode != _Mode.EVAL_ONLY:
+        urls["training_task"] = learning.learning_process.artifact_building
+    if evaluates:
+        urls["eval_task"] = learning.evaluation.artifact_building
+    return {
+        kind: _Places(
+            block,
+            plan=artifact_path(block.plan_url, root),
+            client_plan=artifact_path(block.client_plan_url, root),
+            checkpoint=artifact_path(block.checkpoint_url, root),
+        )
+        for kind, block in urls.items()
+    }
+
+
+def _write_group(group: BuiltGroup, places: Mapping[str, _Places]) -> task_builder_pb2.TaskGroup:
+    result = task_builder_pb2.TaskGroup()
+    for kind, built in (("training_task", group.training), ("eval_task", group.evaluation)):
+        if built is not None:
+            place = places[kind]
+            write_artifact(place.checkpoint, built.checkpoint)
+            write_artifact(place.plan, built.plan)
+            write_artifact(place.client_plan, built.client_plan)
+            getattr(result, kind).CopyFrom(artifact_only_task(place.urls, built.task.min_client_version))
+    return result
+
+
+def _check_flags(flags: task_builder_pb2.ExperimentFlags, forbidden: frozenset[str]) -> None:
+    for flag, _ in flags.ListFields():
+        if flag.name in forbidden:
+            raise ConfigInvalid(
+                Reason.CONFIG_INVALID, f"[Invalid task config]: this task builder does not allow the flag {flag.name}"
+            )
+
+
+async def _read_body(request: Request, limit: int) -> bytes | None:
+    """The body, or None if it is longer than `limit` bytes."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            return None
+    return bytes(body)

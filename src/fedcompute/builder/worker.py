@@ -1,0 +1,114 @@
+"""One build request from bytes to a result, in the worker process that may load TensorFlow and hostile models."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from fedcompute.builder.archive import unpack
+from fedcompute.builder.artifacts import BuiltGroup
+from fedcompute.builder.local_files import local_path
+from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
+from fedcompute.protos import task_builder_pb2
+
+logger = logging.getLogger(__name__)
+
+_ErrorType = task_builder_pb2.ErrorType
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """A parsed request and what the service's settings say about it."""
+
+    request: task_builder_pb2.BuildTaskRequest
+    default_population: int
+    op_table: str | None
+    allow_local_models: bool
+
+
+@dataclass(frozen=True)
+class BuildOutcome:
+    """Either a group or an error, and the report as far as the work got."""
+
+    report: task_builder_pb2.TaskReport
+    group: BuiltGroup | None = None
+    error: task_builder_pb2.ErrorInfo | None = None
+
+
+def prepare_worker() -> None:
+    """Initializer of a worker process: ends with its parent, leaves Ctrl-C to it, imports what every build needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    import fedcompute.builder.build  # noqa: F401
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def run_build(job: BuildJob) -> BuildOutcome:
+    """Builds a request's task group; every failure becomes an error in the published words."""
+    from fedcompute.builder.build import build_task_group
+
+    report = task_builder_pb2.TaskReport()
+    request = job.request
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedcompute-build-") as scratch:
+            group = build_task_group(
+                _model_directory(request, job, Path(scratch)),
+                request.task_config,
+                request.flags,
+                report=report,
+                default_population=job.default_population,
+                op_table=job.op_table,
+            )
+        return BuildOutcome(report, group=group)
+    except FedComputeError as error:
+        return BuildOutcome(report, error=error_info(error))
+    except Exception as error:
+        logger.exception("A build failed in a way that no rule foresees.")
+        return BuildOutcome(report, error=error_info(BuildFailed(Reason.BUILD_FAILED, f"{type(error).__name__}")))
+
+
+def error_info(error: FedComputeError) -> task_builder_pb2.ErrorInfo:
+    """The error's type and text as users of the reference know them."""
+    kind, text = _rendered(error)
+    return task_builder_pb2.ErrorInfo(error_type=kind, error_message=text)
+
+
+def _rendered(error: FedComputeError) -> tuple[task_builder_pb2.ErrorType.Enum, str]:
+    if isinstance(error, ConfigInvalid):
+        return _ErrorType.INVALID_REQUEST, f"Task config is invalid: {error.detail}"
+    if error.reason == Reason.SAVED_MODEL_INVALID:
+        return _ErrorType.INVALID_REQUEST, f"Cannot load TFF functional model: {error.detail} ({error.remedy})"
+    if isinstance(error, ArtifactInvalid):
+        text = f"Failed to build learning algorithm based on `learning_process` config: {error.detail} ({error.remedy})"
+        return _ErrorType.INVALID_REQUEST, text
+    if error.reason == Reason.TASK_MANAGEMENT_FAILED:
+        return _ErrorType.TASK_MANAGEMENT_ERROR, error.detail
+    if error.reason == Reason.ARTIFACT_UPLOAD_FAILED:
+        return _ErrorType.ARTIFACT_BUILDING_ERROR, error.detail
+    text = f"Artifact building failed for task 0: {error.detail}\n. Stop building remaining artifacts."
+    return _ErrorType.ARTIFACT_BUILDING_ERROR, text
+
+
+def _model_directory(request: task_builder_pb2.BuildTaskRequest, job: BuildJob, scratch: Path) -> Path:
+    source = request.saved_model
+    if source.WhichOneof("resource") == "inline_resource":
+        return unpack(source.inline_resource.data, scratch)
+    path = local_path(source.uri) if job.allow_local_models else None
+    if path is None:
+        raise ArtifactInvalid(
+            Reason.SAVED_MODEL_INVALID,
+            "the request names no saved model that this service reads" if source.uri else "saved_model is not set",
+            remedy="send the model's directory inline, as task_builder_client does with a local path",
+        )
+    return path

@@ -1,0 +1,64 @@
+"""`fedcompute fleet`: many simulated devices against a server."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedcompute.cli.progress import DeviceLine
+
+fleet = typer.Typer(no_args_is_help=True, help="Run many simulated devices against a server.")
+
+
+@fleet.callback()
+def _group() -> None:
+    """Run many simulated devices against a server."""
+
+
+@fleet.command(
+    epilog="Example: fedcompute fleet run --server http://localhost:8080 --population digits --devices 40"
+)
+def run(
+    population: Annotated[str, typer.Option(help="Population that the devices belong to.")],
+    server: Annotated[str, typer.Option(help="Base URL of the server.")] = "http://localhost:8080",
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 40,
+    processes: Annotated[int, typer.Option(min=1, help="Worker processes that the devices share.")] = 2,
+    data: Annotated[
+        str, typer.Option(help="digits, a directory of IDX files, or a federated EMNIST .h5 file.")
+    ] = "digits",
+    seed: Annotated[int, typer.Option(help="Decides which device holds which images.")] = 0,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long; default: until Ctrl-C.")] = None,
+    log: Annotated[Path, typer.Option(help="File for what the devices complain about.")] = Path("fleet.log"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run devices that check in, train on handwriting and upload, over real HTTP, until stopped."""
+    from fedcompute.fleet.processes import Fleet
+    from fedcompute.fleet.settings import FleetSettings
+
+    settings = FleetSettings(
+        server_url=server,
+        population=population,
+        devices=devices,
+        processes=min(processes, devices),
+        data=data,
+        seed=seed,
+    )
+    start = time.monotonic()
+    with Fleet(settings, log) as running:
+        try:
+            with DeviceLine() as line:
+                while seconds is None or time.monotonic() - start < seconds:
+                    running.check()
+                    line.show(f"{running.progress.contributions} contributions", running.progress.by_state())
+                    time.sleep(0.25)
+        except KeyboardInterrupt:
+            pass
+    progress = running.progress
+    if as_json:
+        typer.echo(json.dumps({"contributions": progress.contributions, "outcomes": dict(progress.outcomes)}))
+        return
+    typer.echo(f"{progress.contributions} contributions in {time.monotonic() - start:.0f} s; runs by how they ended:")
+    for outcome, count in progress.outcomes.most_common():
+        typer.echo(f"  {outcome:24} {count}")

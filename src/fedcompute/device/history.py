@@ -1,0 +1,103 @@
+"""What a device remembers between runs: its contributions and where its data resumes (spec/device.md 4, 5.8)."""
+
+import sqlite3
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_AGE = 604_800  # seconds, 7 days
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS task_history (
+  id INTEGER PRIMARY KEY,
+  job_id INTEGER NOT NULL,
+  population TEXT NOT NULL,
+  task_id TEXT NOT NULL,
+  contribution_time REAL NOT NULL,
+  contribution_round INTEGER NOT NULL,
+  total_participation INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS task_history_newest ON task_history (job_id, population, task_id, contribution_time);
+CREATE TABLE IF NOT EXISTS resumption (
+  job_id INTEGER NOT NULL,
+  task_identifier TEXT NOT NULL,
+  token BLOB NOT NULL,
+  PRIMARY KEY (job_id, task_identifier)
+);
+"""
+
+
+@dataclass(frozen=True)
+class Participation:
+    """One contribution that the server accepted. `time`: Unix seconds; `round`: the task's index at that time."""
+
+    time: float
+    round: int
+    total: int
+
+
+class TaskHistory:
+    """Participation and resumption tokens of a device, in one SQLite file or, without a path, in memory.
+
+    Rows are kept apart by `job_id`, so one history may serve many devices.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._database = sqlite3.connect(path if path is not None else ":memory:", check_same_thread=False)
+        self._lock = threading.Lock()
+        with self._lock, self._database:
+            self._database.executescript(_TABLES)
+
+    def newest(self, job_id: int, population: str, task_id: str) -> Participation | None:
+        """The latest contribution to a task, None if there is none."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT contribution_time, contribution_round, total_participation FROM task_history"
+                " WHERE job_id = ? AND population = ? AND task_id = ? ORDER BY contribution_time DESC, id DESC LIMIT 1",
+                (job_id, population, task_id),
+            ).fetchone()
+        return Participation(*row) if row is not None else None
+
+    def add(self, job_id: int, population: str, task_id: str, *, round_index: int, now: float) -> None:
+        """Appends a contribution."""
+        with self._lock, self._database:
+            self._database.execute(
+                "INSERT INTO task_history"
+                " (job_id, population, task_id, contribution_time, contribution_round, total_participation)"
+                " SELECT ?, ?, ?, ?, ?, COALESCE(MAX(total_participation), 0) + 1 FROM task_history"
+                " WHERE job_id = ? AND population = ? AND task_id = ?",
+                (job_id, population, task_id, now, round_index, job_id, population, task_id),
+            )
+
+    def delete_old(self, now: float, max_age: float = MAX_AGE) -> None:
+        """Forgets contributions older than `max_age` seconds."""
+        with self._lock, self._database:
+            self._database.execute("DELETE FROM task_history WHERE contribution_time < ?", (now - max_age,))
+
+    def resumption_token(self, job_id: int, population: str, task_id: str, collection_uri: str) -> bytes | None:
+        """The token of the last example that a successful run used, None at first."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT token FROM resumption WHERE job_id = ? AND task_identifier = ?",
+                (job_id, _task_identifier(population, task_id, collection_uri)),
+            ).fetchone()
+        return bytes(row[0]) if row is not None else None
+
+    def save_resumption_token(
+        self, job_id: int, population: str, task_id: str, collection_uri: str, token: bytes
+    ) -> None:
+        """Keeps the token under the very key that `resumption_token` reads."""
+        with self._lock, self._database:
+            self._database.execute(
+                "INSERT INTO resumption VALUES (?, ?, ?)"
+                " ON CONFLICT (job_id, task_identifier) DO UPDATE SET token = excluded.token",
+                (job_id, _task_identifier(population, task_id, collection_uri), token),
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+
+def _task_identifier(population: str, task_id: str, collection_uri: str) -> str:
+    return "_".join(part for part in (population, task_id, collection_uri) if part)

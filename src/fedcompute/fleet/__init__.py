@@ -1,0 +1,1 @@
+"""Many simulated devices that talk real HTTP to a server."""

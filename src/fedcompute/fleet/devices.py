@@ -1,0 +1,97 @@
+"""Simulated devices of one process: each with its own data, worker, history and keys, all on one event loop."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedcompute.device.history import TaskHistory
+from fedcompute.device.http import Transport
+from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.protocol import Owner
+from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
+from fedcompute.device.worker import (
+    IsolatedWorker,
+    TrainingExampleInput,
+    TrainingExampleOutput,
+    TrainingExampleRecord,
+)
+from fedcompute.fleet.settings import FleetSettings
+from fedcompute.models.datasets import examples, load_dataset
+
+# After a failure without a retry window, seconds; a phone would wait a quarter of an hour.
+_FAILURE_PAUSE = 2.0
+
+
+class ShardWorker(IsolatedWorker):
+    """A developer's worker whose device holds a fixed set of records."""
+
+    def __init__(self, population: str, records: Sequence[bytes]) -> None:
+        self._population = population
+        self._records = tuple(TrainingExampleRecord(record) for record in records)
+
+    def on_training_example(self, request: TrainingExampleInput) -> TrainingExampleOutput:
+        if request.population_name != self._population:
+            return TrainingExampleOutput()
+        return TrainingExampleOutput(self._records)
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Is told what devices do: `state(device, name)` at each change, `ended(device, outcome)` after each run."""
+
+    state: Callable[[int, str], None]
+    ended: Callable[[int, RunOutcome], None]
+
+
+async def run_devices(settings: FleetSettings, numbers: Sequence[int], observer: Observer) -> None:
+    """Runs the devices `numbers` until cancelled; they start spread over `pause_maximum` seconds."""
+    shards = list(load_dataset(settings.data, settings.devices, settings.seed).clients.values())
+    runner = PlanRunner()
+    try:
+        async with Transport() as transport, asyncio.TaskGroup() as group:
+            for number in numbers:
+                images, labels = shards[number % len(shards)]
+                worker = ShardWorker(settings.population, examples(images, labels))
+                group.create_task(_run_device(settings, number, worker, transport, runner, observer))
+    finally:
+        runner.close()
+
+
+async def _run_device(
+    settings: FleetSettings,
+    number: int,
+    worker: IsolatedWorker,
+    transport: Transport,
+    runner: PlanRunner,
+    observer: Observer,
+) -> None:
+    chance = random.Random(f"{settings.seed}/{number}")
+    device = Device(
+        DeviceSettings(
+            server=settings.server_url,
+            population=settings.population,
+            owner=Owner("org.fedcompute.fleet", f"org.fedcompute.fleet.Device{number}"),
+            failed_training_delay=_FAILURE_PAUSE,
+        ),
+        worker,
+        transport=transport,
+        train=runner.train,
+        history=TaskHistory(),
+        on_state=lambda state: observer.state(number, state),
+        chance=chance,
+    )
+    await asyncio.sleep(chance.uniform(0, settings.pause_maximum))
+    while True:
+        outcome = await device.run_once()
+        observer.ended(number, outcome)
+        observer.state(number, "waiting")
+        await asyncio.sleep(_pause(settings, outcome, chance))
+
+
+def _pause(settings: FleetSettings, outcome: RunOutcome, chance: random.Random) -> float:
+    if outcome.retry_window is not None:
+        return outcome.retry_window
+    if outcome.success or outcome.reason == "not_eligible":
+        return chance.uniform(settings.pause_minimum, settings.pause_maximum)
+    return chance.uniform(0.5, 1.5) * _FAILURE_PAUSE

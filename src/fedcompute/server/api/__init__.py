@@ -1,0 +1,1 @@
+"""HTTP routes; each file is one noun of the wire contract."""

@@ -1,0 +1,96 @@
+"""Objects behind signed URLs: plans and checkpoints down, updates and artifacts up (spec/server.md 2.5)."""
+
+import time
+from urllib.parse import parse_qsl
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from fedcompute.errors import Reason, RequestRejected
+from fedcompute.server.context import Context, context_of
+from fedcompute.server.security.limits import bounded_stream, declared_length
+from fedcompute.server.security.url_signing import BLOB_PREFIX, check_url
+from fedcompute.storage.assignments import find_assignment
+from fedcompute.storage.keys import TaskKey
+from fedcompute.storage.paths import GRADIENT
+from fedcompute.storage.schema import AssignmentStatus, TaskStatus
+from fedcompute.storage.tasks import get_task
+
+
+async def get_blob(request: Request) -> Response:
+    """GET of a signed URL: the stored bytes, with `Content-Encoding: gzip` when they are gzip.
+
+    Clients depend on the pair: gzip bytes without the header would reach a device's model as they are.
+    """
+    bucket, path = _granted(request)
+    stream = await context_of(request).blobs.open_stream(bucket, path)
+    headers = {"content-length": str(stream.size), "cache-control": "private, no-transform"}
+    if stream.content_encoding is not None:
+        headers["content-encoding"] = stream.content_encoding
+    return StreamingResponse(stream.chunks, media_type="application/octet-stream", headers=headers)
+
+
+async def put_blob(request: Request) -> Response:
+    """PUT of a signed URL: stores the body whole or not at all, answers 200 without a body and wakes the engine."""
+    bucket, path = _granted(request)
+    context = context_of(request)
+    settings = context.settings
+    limit = settings.max_upload_bytes if bucket == GRADIENT else settings.max_checkpoint_bytes
+    if declared_length(request) == 0:
+        raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
+    chunks = bounded_stream(request, limit)
+    if not await run_in_threadpool(_still_wanted, context, bucket, path):
+        # A repetition of an upload that has been collected: its device needs to hear that all is well.
+        async for _ in chunks:
+            pass
+        return Response(status_code=200)
+    if await context.blobs.put_stream(bucket, path, chunks, limit) == 0:
+        raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
+    if bucket == GRADIENT:
+        context.uploads.add(path.split("/")[4])
+    context.wake()
+    return Response(status_code=200)
+
+
+def _granted(request: Request) -> tuple[str, str]:
+    bucket, path = request.path_params["bucket"], request.path_params["path"]
+    check_url(
+        context_of(request).url_key,
+        # HEAD is answered like GET, and granted with it.
+        method="GET" if request.method == "HEAD" else request.method,
+        bucket=bucket,
+        path=path,
+        query=dict(parse_qsl(request.url.query, keep_blank_values=True)),
+        headers=dict(request.headers.items()),
+        now=time.time(),
+    )
+    return bucket, path
+
+
+def _still_wanted(context: Context, bucket: str, path: str) -> bool:
+    """Whether a signed PUT may still write: an update until it is collected, an artifact until its task opens.
+
+    Raises RequestRejected(TASK_CONFLICT) for an artifact of a task that is no longer CREATED.
+    """
+    population, task_id, result_id, _, session_id, *_ = path.split("/")
+    task = TaskKey(population, int(task_id))
+    with context.database.read() as tx:
+        if bucket == GRADIENT:
+            row = find_assignment(tx, task, int(result_id), session_id)
+            return row is not None and row.status is AssignmentStatus.LOCAL_COMPLETED
+        owner = get_task(tx, task)
+    if owner is None or owner.status is not TaskStatus.CREATED:
+        raise RequestRejected(
+            Reason.TASK_CONFLICT,
+            f"task {task} has opened; its artifacts no longer change",
+            remedy="create another task and upload there",
+        )
+    return True
+
+
+routes = [
+    Route(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", get_blob, methods=["GET"]),
+    Route(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", put_blob, methods=["PUT"]),
+]

@@ -1,0 +1,22 @@
+"""Parts of request paths: names that may hold colons, verbs, numbers (spec/server.md 1.1)."""
+
+from starlette.exceptions import HTTPException
+
+from fedcompute.errors import Reason, RequestRejected
+
+_LARGEST = 2**63 - 1
+
+
+def split_verb(segment: str, verb: str) -> str:
+    """Returns what stands before the last `:verb` of a path's last segment; 404 for another verb or nothing before."""
+    name, colon, found = segment.rpartition(":")
+    if not colon or found != verb or not name:
+        raise HTTPException(404, "no such path")
+    return name
+
+
+def number(text: str, what: str) -> int:
+    """Returns a non-negative 64-bit integer of a path or query; raises RequestRejected(MALFORMED_REQUEST)."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= _LARGEST):
+        raise RequestRejected(Reason.MALFORMED_REQUEST, f"{what} {text[:40]!r} is not a number")
+    return int(text)

@@ -1,0 +1,86 @@
+"""What happens to every request: an id, one line in the access log, and an answer whatever goes wrong."""
+
+import logging
+import time
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedcompute.errors import FedComputeError, Reason
+from fedcompute.server.api.messages import error_response
+
+_LOG = logging.getLogger(__name__)
+_ACCESS = logging.getLogger("fedcompute.access")
+
+
+class RequestLog:
+    """ASGI middleware around everything else.
+
+    Logs method, path (never the query, which may hold a signature), status and time. An unexpected exception is
+    logged once with its traceback and the request's id, and answered 500 with the same id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = str(uuid.uuid4())
+        started = time.perf_counter()
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).append("x-request-id", request_id)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception:
+            _LOG.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            if status:
+                raise
+            await internal_error(request_id)(scope, receive, send_and_note)
+        finally:
+            seconds = time.perf_counter() - started
+            _ACCESS.info("%s %s %s %.4fs %s", scope["method"], scope["path"], status, seconds, request_id)
+
+
+def internal_error(request_id: str) -> Response:
+    """The answer to a failure nobody expected: its id and nothing else about it."""
+    document = {
+        "code": Reason.INTERNAL.value,
+        "message": f"unexpected error; request id {request_id}",
+        "remedy": "look at the server's log for the request's id",
+    }
+    return JSONResponse(document, status_code=500)
+
+
+async def render_typed_error(_: Request, error: Exception) -> Response:
+    """Exception handler for FedComputeError."""
+    assert isinstance(error, FedComputeError)
+    if error.status >= 500:
+        _LOG.error("%s", error)
+    return error_response(error)
+
+
+async def render_http_error(_: Request, error: Exception) -> Response:
+    """Exception handler for unknown paths and wrong verbs."""
+    assert isinstance(error, HTTPException)
+    codes = {404: Reason.NOT_FOUND.value, 405: "method_not_allowed"}
+    document = {
+        "code": codes.get(error.status_code, Reason.MALFORMED_REQUEST.value),
+        "message": error.detail,
+        "remedy": "check the method and path of the route",
+    }
+    return JSONResponse(document, status_code=error.status_code, headers=error.headers)

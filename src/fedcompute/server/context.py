@@ -1,0 +1,127 @@
+"""What the routes and the round engine of one server share."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from fedcompute.protos import plan_pb2
+from fedcompute.server.rounds.jobs import Jobs
+from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
+from fedcompute.server.security.url_signing import Grant, sign_url
+from fedcompute.server.settings import Settings
+from fedcompute.storage.blobs import BlobStore
+from fedcompute.storage.database import Database
+from fedcompute.storage.keys import TaskKey
+from fedcompute.storage.paths import MODEL, client_only_plan_path, server_plan_path
+
+T = TypeVar("T")
+_CACHED_PLANS = 256
+
+
+class Uploads:
+    """Sessions whose upload has been seen in the store and is not collected yet. A hint, rebuilt after a restart."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sessions: set[str] = set()
+
+    def add(self, session_id: str) -> None:
+        with self._lock:
+            self._sessions.add(session_id)
+
+    def discard(self, session_ids: list[str]) -> None:
+        with self._lock:
+            self._sessions.difference_update(session_ids)
+
+    def among(self, session_ids: list[str]) -> list[str]:
+        """Returns those of `session_ids` that are here, in their order."""
+        with self._lock:
+            return [one for one in session_ids if one in self._sessions]
+
+    def keep(self, session_ids: set[str]) -> None:
+        """Forgets every session that is not in `session_ids`."""
+        with self._lock:
+            self._sessions &= session_ids
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+
+class Plans:
+    """The parsed plans of tasks; artifacts of a task that has opened never change, so the latest few hundred stay."""
+
+    def __init__(self, blobs: BlobStore, limit: int) -> None:
+        self._blobs = blobs
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._servers: OrderedDict[TaskKey, ServerPlan] = OrderedDict()
+        self._selectors: OrderedDict[TaskKey, plan_pb2.ExampleSelector] = OrderedDict()
+
+    def server_plan(self, task: TaskKey) -> ServerPlan:
+        """The server half of an open task's plan; raises ArtifactInvalid or OperationFailed."""
+
+        def read() -> ServerPlan:
+            return read_server_plan(self._blobs.get(MODEL, server_plan_path(task), limit=self._limit), self._limit)
+
+        return self._cached(self._servers, task, read)
+
+    def example_selector(self, task: TaskKey) -> plan_pb2.ExampleSelector:
+        """The selector in an open task's client plan; raises ArtifactInvalid or OperationFailed."""
+
+        def read() -> plan_pb2.ExampleSelector:
+            stored = self._blobs.get(MODEL, client_only_plan_path(task), limit=self._limit)
+            return read_example_selector(stored, self._limit)
+
+        return self._cached(self._selectors, task, read)
+
+    def _cached(self, cache: "OrderedDict[TaskKey, T]", task: TaskKey, read: Callable[[], T]) -> T:
+        with self._lock:
+            if task in cache:
+                cache.move_to_end(task)
+                return cache[task]
+        value = read()
+        with self._lock:
+            cache[task] = value
+            while len(cache) > _CACHED_PLANS:
+                cache.popitem(last=False)
+        return value
+
+
+@dataclass(frozen=True)
+class Context:
+    """One running server: its settings, its stores, and what is known in memory only."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    jobs: Jobs
+    plans: Plans
+    url_key: bytes = field(repr=False)
+    wake: Callable[[], None]  # asks the round engine for a pass
+    is_alive: Callable[[], bool]  # whether the round engine does its work
+    warm_up: Callable[[], None]  # starts the worker processes
+    uploads: Uploads = field(default_factory=Uploads)
+
+    def signed_url(
+        self, method: str, bucket: str, path: str, life: float, headers: dict[str, str] | None = None
+    ) -> str:
+        """An absolute URL for one object, valid for `life` seconds; a PUT must carry `headers` as they are."""
+        expires = int(now().timestamp() + life)
+        return sign_url(self.settings.base_url, self.url_key, Grant(method, bucket, path, expires, headers or {}))
+
+
+def now() -> datetime:
+    """The time in UTC."""
+    return datetime.now(UTC)
+
+
+def context_of(request: Request) -> Context:
+    """The server that a request has reached."""
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context

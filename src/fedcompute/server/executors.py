@@ -1,0 +1,169 @@
+"""Where heavy jobs run: a pool of worker processes on this machine.
+
+Jobs are module-level functions of plain data, blobs in and blobs out, so that one may run twice without harm.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from fedcompute.errors import FedComputeError, OperationFailed, Reason
+
+_LOG = logging.getLogger(__name__)
+# A job that kills its process this often is given up.
+_LIVES = 3
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception as text: one that does not survive the way between processes would end the pool."""
+
+    reason: Reason
+    detail: str
+    trace: str
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere else; the seam for other kinds of workers."""
+
+    def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
+        """Queues `job(argument)`. Callable from any thread.
+
+        The future carries the job's result, or OperationFailed with the reason of its typed error (INTERNAL for any
+        other, which is logged with its traceback).
+        """
+
+    def warm_up(self) -> None:
+        """Starts what the first job would otherwise wait for, without blocking."""
+
+    def close(self) -> None:
+        """Drops queued jobs, waits for none, and leaves no process behind."""
+
+
+class ProcessExecutor:
+    """A pool of spawned processes that starts with the first job.
+
+    When a worker dies (out of memory, killed), the pool is rebuilt and the jobs it held run again. Workers end with
+    this process, however it ends, and ignore Ctrl-C, which is the server's to handle.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
+
+    def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
+        """Queues `job(argument)`; see `Executor.submit`."""
+        outcome: Future[Any] = Future()
+        self._start(outcome, job, argument, _LIVES)
+        return outcome
+
+    def warm_up(self) -> None:
+        """Starts the worker processes and lets each import what jobs need."""
+        for _ in range(self._workers):
+            self.submit(_import_jobs, None)
+
+    def close(self) -> None:
+        """Ends the pool; running jobs are cut off, which is safe because every job may run again."""
+        with self._lock:
+            self._closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            processes = list((getattr(pool, "_processes", None) or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(5)
+
+    def _start(self, outcome: Future[Any], job: Callable[[Any], Any], argument: Any, lives: int) -> None:
+        with self._lock:
+            if self._closed:
+                outcome.cancel()
+                return
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self._workers, multiprocessing.get_context("spawn"), initializer=_enter_worker
+                )
+            pool = self._pool
+            try:
+                inner = pool.submit(_guarded, job, argument)
+            except (BrokenProcessPool, RuntimeError) as error:
+                inner = Future()
+                inner.set_exception(BrokenProcessPool(str(error)))
+        inner.add_done_callback(lambda done: self._finish(done, pool, outcome, job, argument, lives))
+
+    def _finish(
+        self,
+        done: Future[Any],
+        pool: ProcessPoolExecutor,
+        outcome: Future[Any],
+        job: Callable[[Any], Any],
+        argument: Any,
+        lives: int,
+    ) -> None:
+        if done.cancelled():
+            outcome.cancel()
+            return
+        error = done.exception()
+        if isinstance(error, BrokenProcessPool) and lives > 1 and not self._closed:
+            with self._lock:
+                if self._pool is pool:
+                    self._pool = None
+                    _LOG.warning("a worker process died; its jobs run again")
+            # Not in this callback's thread: it belongs to the broken pool, which waits for it.
+            threading.Thread(target=self._start, args=(outcome, job, argument, lives - 1), daemon=True).start()
+            return
+        # A cancelled outcome takes no result; nobody waits for it.
+        with contextlib.suppress(InvalidStateError):
+            if error is not None:
+                outcome.set_exception(OperationFailed(Reason.INTERNAL, f"the job's worker process died: {error}"))
+                return
+            result = done.result()
+            if isinstance(result, _Failure):
+                if result.reason is Reason.INTERNAL:
+                    _LOG.error("a job failed:\n%s", result.trace)
+                outcome.set_exception(OperationFailed(result.reason, result.detail))
+            else:
+                outcome.set_result(result)
+
+
+def _guarded(job: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return job(argument)
+    except FedComputeError as error:
+        return _Failure(error.reason, error.detail, traceback.format_exc())
+    except Exception as error:
+        return _Failure(Reason.INTERNAL, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _enter_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A pool that is told to stop terminates its workers; the default action is what ends them at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=_leave_with_parent, args=(sentinel,), daemon=True).start()
+
+
+def _leave_with_parent(sentinel: int) -> None:
+    # The sentinel becomes ready when the parent is gone, also after kill -9, which runs no clean-up of ours.
+    wait([sentinel])
+    os._exit(1)
+
+
+def _import_jobs(_: None) -> None:
+    import fedcompute.server.rounds.aggregate
+    import fedcompute.server.rounds.update  # noqa: F401

@@ -1,0 +1,104 @@
+"""The aggregation job: one batch of uploads in, one partial sum out (spec/server.md 6.3)."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedcompute.crypto.envelope import gzip_bytes, open_update
+from fedcompute.errors import FedComputeError, Reason, UploadRejected
+from fedcompute.learning.contribution import Contribution, add, empty_sum, read_contribution
+from fedcompute.protos import learning_pb2
+from fedcompute.server.rounds.plans import read_server_plan
+from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, open_blob_store
+from fedcompute.storage.paths import AGGREGATED, GRADIENT, MODEL
+from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint
+from fedcompute.tensors.partial_sum import encode
+from fedcompute.tensors.tree import spec_from_proto
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AggregateJob:
+    """What a worker needs: where the plan, the uploads (session id, path) in order, and the result are; sizes in bytes.
+
+    `private_keys`: key id -> raw private key.
+    """
+
+    blob_url: str
+    plan_path: str
+    uploads: tuple[tuple[str, str], ...]
+    output_path: str
+    max_upload_bytes: int
+    max_checkpoint_bytes: int
+    allow_plaintext: bool
+    private_keys: Mapping[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A session whose upload does not count, and why."""
+
+    session_id: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class AggregateResult:
+    """How many uploads the stored sum holds, and those that it does not."""
+
+    accepted: int
+    rejected: tuple[Rejected, ...]
+
+
+def aggregate(job: AggregateJob) -> AggregateResult:
+    """Adds the batch's uploads, in order and one at a time, and stores their partial sum.
+
+    A bad upload is left out, alone. The same uploads give the same bytes, so running twice changes nothing. Raises
+    ArtifactInvalid for a plan that cannot be read and OperationFailed for storage that fails.
+    """
+    blobs = open_blob_store(job.blob_url)
+    plan = read_server_plan(blobs.get(MODEL, job.plan_path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
+    limit = min(job.max_checkpoint_bytes, update_bytes_limit(plan.process))
+    total = empty_sum(plan.process, plan.digest)
+    rejected: list[Rejected] = []
+    for session_id, path in job.uploads:
+        try:
+            stored = _fetch(blobs, path, job.max_upload_bytes)
+            total = add(total, _judge(plan.process, stored, job, limit))
+        except UploadRejected as error:
+            rejected.append(Rejected(session_id, error.reason, error.detail))
+    blobs.put(AGGREGATED, job.output_path, gzip_bytes(encode(total)))
+    return AggregateResult(total.num_inputs, tuple(rejected))
+
+
+def update_bytes_limit(process: learning_pb2.LearningProcess) -> int:
+    """An upper bound, in bytes, on the checkpoint file of an honest update: no upload may inflate beyond it."""
+    specs = [spec_from_proto(leaf.spec) for leaf in process.updates]
+    # Ten bytes is the longest varint; names, shapes and framing stay far below 4 KiB per leaf.
+    return 65_536 + sum(4_096 + 10 * math.prod(spec.shape) for spec in specs)
+
+
+def _fetch(blobs: BlobStore, path: str, limit: int) -> bytes:
+    try:
+        return blobs.get(GRADIENT, path, limit=limit)
+    except BlobMissing as error:
+        raise UploadRejected(Reason.UPLOAD_MISSING, "the upload is no longer in the store") from error
+    except BlobTooLarge as error:
+        raise UploadRejected(Reason.UPLOAD_TOO_LARGE, f"the stored upload has more than {limit} bytes") from error
+
+
+def _judge(process: learning_pb2.LearningProcess, stored: bytes, job: AggregateJob, limit: int) -> Contribution:
+    try:
+        checkpoint = open_update(stored, job.private_keys, allow_plaintext=job.allow_plaintext, limit=limit)
+        return read_contribution(process, read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit)))
+    except UploadRejected:
+        raise
+    except FedComputeError as error:
+        raise UploadRejected(error.reason, error.detail) from error
+    except Exception as error:
+        # Whatever a device sends must cost its own contribution only, also where a reader has a fault.
+        _LOG.exception("an upload could not be read")
+        raise UploadRejected(Reason.INTERNAL, f"reading the upload failed: {type(error).__name__}") from error

@@ -1,0 +1,151 @@
+"""Check-ins and reports: what the server decides, as messages (spec/server.md 2.1-2.5, device.md 1.3-1.7)."""
+
+import secrets
+
+from fedcompute.errors import Reason, RequestRejected
+from fedcompute.protos import eligibility_pb2, federatedcompute_pb2, task_assignments_pb2
+from fedcompute.server.context import Context, now
+from fedcompute.server.settings import RetryWindow, Settings
+from fedcompute.storage import assignments
+from fedcompute.storage.assignments import Assigned, Declined, DeclineKind
+from fedcompute.storage.iterations import get_iteration
+from fedcompute.storage.keys import IterationKey, TaskKey
+from fedcompute.storage.paths import GRADIENT, MODEL, client_checkpoint_path, client_only_plan_path, update_path
+from fedcompute.storage.schema import AssignmentStatus, IterationStatus
+
+_GZIP = federatedcompute_pb2.RESOURCE_COMPRESSION_FORMAT_GZIP
+_Rejection = federatedcompute_pb2.RejectionReason
+Result = task_assignments_pb2.ReportResultRequest.Result
+
+# Both are part of the upload's signature; phones send them as they are.
+UPLOAD_HEADERS = {"content-type": "application/octet-stream", "content-encoding": "gzip"}
+
+DEVICE_FAILURES = {
+    task_assignments_pb2.ReportResultRequest.FAILED: AssignmentStatus.LOCAL_FAILED,
+    task_assignments_pb2.ReportResultRequest.NOT_ELIGIBLE: AssignmentStatus.LOCAL_NOT_ELIGIBLE,
+    task_assignments_pb2.ReportResultRequest.FAILED_EXAMPLE_GENERATION: (
+        AssignmentStatus.LOCAL_FAILED_EXAMPLE_GENERATION
+    ),
+    task_assignments_pb2.ReportResultRequest.FAILED_MODEL_COMPUTATION: (
+        AssignmentStatus.LOCAL_FAILED_MODEL_COMPUTATION
+    ),
+    task_assignments_pb2.ReportResultRequest.FAILED_OPS_ERROR: AssignmentStatus.LOCAL_FAILED_OPS_ERROR,
+}
+
+
+def check_in(
+    context: Context, population: str, client_version: int, *, idempotency_key: str | None, correlation_id: str
+) -> task_assignments_pb2.CreateTaskAssignmentResponse:
+    """Answers one check-in: an assignment, or the reason and the window to come back in."""
+    with context.database.write() as tx:
+        outcome = assignments.assign(
+            tx,
+            population,
+            client_version,
+            now(),
+            choose=secrets.randbelow,
+            idempotency_key=idempotency_key,
+            correlation_id=correlation_id,
+        )
+    match outcome:
+        case Assigned():
+            return task_assignments_pb2.CreateTaskAssignmentResponse(task_assignment=_assignment(context, outcome))
+        case Declined(kind):
+            return task_assignments_pb2.CreateTaskAssignmentResponse(rejection_info=_declined(context.settings, kind))
+
+
+def report_completed(
+    context: Context, task: TaskKey, iteration_id: int, session_id: str
+) -> task_assignments_pb2.ReportResultResponse:
+    """Answers a success report: where to upload, or, if the round is closed, when to come back.
+
+    Raises RequestRejected(ASSIGNMENT_NOT_ACTIVE) for an unknown session, and for one that timed out or failed while
+    its round still collects.
+    """
+    with context.database.write() as tx:
+        row = assignments.find_assignment(tx, task, iteration_id, session_id)
+        if row is None:
+            raise RequestRejected(Reason.ASSIGNMENT_NOT_ACTIVE, "there is no such assignment")
+        iteration = get_iteration(tx, row.key.iteration)
+        assert iteration is not None, "an assignment's foreign key is its iteration"
+        collecting = iteration.status is IterationStatus.COLLECTING
+        if collecting and not assignments.report_completed(tx, row.key, now()):
+            raise RequestRejected(Reason.ASSIGNMENT_NOT_ACTIVE, f"the assignment is {row.status.name}")
+    if not collecting:
+        # Kinder than 404: the device drops its update without repeating the report or counting a failure.
+        return task_assignments_pb2.ReportResultResponse(
+            rejection_info=rejection(_Rejection.NO_TASK_AVAILABLE, context.settings.retry_no_task)
+        )
+    path = update_path(task, iteration.result_id, session_id)
+    url = context.signed_url("PUT", GRADIENT, path, context.settings.signed_url_life, UPLOAD_HEADERS)
+    return task_assignments_pb2.ReportResultResponse(
+        upload_instruction=task_assignments_pb2.UploadInstruction(
+            upload_location=url, extra_request_headers=UPLOAD_HEADERS, compression_format=_GZIP
+        )
+    )
+
+
+def report_failed(context: Context, task: TaskKey, iteration_id: int, session_id: str, result: Result) -> None:
+    """Records a failure report; one about an unknown or finished session changes nothing."""
+    status = DEVICE_FAILURES.get(result)
+    if status is None:
+        return
+    with context.database.write() as tx:
+        row = assignments.find_assignment(tx, task, iteration_id, session_id)
+        if row is not None:
+            assignments.report_failed(tx, row.key, status, now())
+
+
+def rejection(
+    reason: federatedcompute_pb2.RejectionReason.Enum, window: RetryWindow
+) -> federatedcompute_pb2.RejectionInfo:
+    """The friendly refusal: the device comes back within `window` and counts no failure."""
+    message = federatedcompute_pb2.RejectionInfo(reason=reason)
+    message.retry_window.delay_min.FromNanoseconds(round(window.minimum * 1e9))
+    message.retry_window.delay_max.FromNanoseconds(round(window.maximum * 1e9))
+    return message
+
+
+def _declined(settings: Settings, kind: DeclineKind) -> federatedcompute_pb2.RejectionInfo:
+    match kind:
+        case DeclineKind.VERSION_MISMATCH:
+            return rejection(_Rejection.CLIENT_VERSION_MISMATCH, settings.retry_version_mismatch)
+        case DeclineKind.NOT_ACTIVE:
+            return rejection(_Rejection.NO_ACTIVE_TASK_EXISTS, settings.retry_no_active_task)
+        case _:
+            return rejection(_Rejection.NO_TASK_AVAILABLE, settings.retry_no_task)
+
+
+def _assignment(context: Context, assigned: Assigned) -> task_assignments_pb2.TaskAssignment:
+    iteration = assigned.iteration
+    key, task = iteration.key, iteration.key.task
+    session_id = assigned.assignment.key.session_id
+    name = f"/population/{task.population}/task/{task.task_id}"
+    return task_assignments_pb2.TaskAssignment(
+        population_name=task.population,
+        task_id=str(task.task_id),
+        aggregation_id=str(key.iteration_id),
+        assignment_id=session_id,
+        task_name=name,
+        self_uri=f"{name}/aggregation/{key.iteration_id}/task-assignment/{session_id}",
+        init_checkpoint=_resource(context, client_checkpoint_path(task, iteration.base_on_result_id)),
+        plan=_resource(context, client_only_plan_path(task)),
+        eligibility_task_info=_eligibility(assigned, key),
+        example_selector=context.plans.example_selector(task),
+    )
+
+
+def _resource(context: Context, path: str) -> federatedcompute_pb2.Resource:
+    # Plans and client checkpoints are stored as gzip when a task opens, and served with Content-Encoding: gzip.
+    url = context.signed_url("GET", MODEL, path, context.settings.signed_url_life)
+    return federatedcompute_pb2.Resource(uri=url, compression_format=_GZIP)
+
+
+def _eligibility(assigned: Assigned, key: IterationKey) -> eligibility_pb2.EligibilityTaskInfo:
+    info = eligibility_pb2.EligibilityTaskInfo()
+    if assigned.task.is_training:
+        info.CopyFrom(assigned.task.info.training_info.eligibility_task_info)
+    for policy in info.eligibility_policies:
+        if policy.HasField("min_sep_policy"):
+            policy.min_sep_policy.current_index = key.iteration_id
+    return info

@@ -1,0 +1,83 @@
+"""Jobs in flight, each known by the batch or round that it serves."""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from fedcompute.errors import FedComputeError, OperationFailed, Reason
+from fedcompute.server.executors import Executor
+from fedcompute.storage.keys import BatchKey, IterationKey
+
+_LOG = logging.getLogger(__name__)
+_LONGEST_WAIT = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: its result, or the error of its last attempt."""
+
+    result: Any = None
+    error: FedComputeError | None = None
+
+
+@dataclass
+class _Flight:
+    future: Future[Any] | None
+    failures: int = 0
+    resume: float = 0.0  # monotonic time before which a failed job is not started again
+
+
+class Jobs:
+    """Runs at most one job per key at a time and repeats those that fail, a little later each time.
+
+    Nothing here outlives the process: after a restart the database says which jobs are missing, and `poll` starts
+    them again. For one thread, but `on_done` is called from the executor's threads.
+    """
+
+    def __init__(self, executor: Executor, attempts: int, on_done: Callable[[], None]) -> None:
+        self._executor = executor
+        self._attempts = attempts
+        self._on_done = on_done
+        self._flights: dict[BatchKey | IterationKey, _Flight] = {}
+
+    def poll(
+        self, key: BatchKey | IterationKey, job: Callable[[Any], Any], argument: Callable[[], Any]
+    ) -> Outcome | None:
+        """Returns the outcome of the key's job once it has one; starts the job if it does not run.
+
+        The outcome is returned again until `forget`, so a caller that fails to record it may come back.
+        """
+        flight = self._flights.setdefault(key, _Flight(None))
+        if flight.future is None:
+            if time.monotonic() >= flight.resume:
+                flight.future = self._executor.submit(job, argument())
+                flight.future.add_done_callback(lambda _: self._on_done())
+            return None
+        if not flight.future.done() or flight.future.cancelled():
+            return None
+        error = flight.future.exception()
+        if error is None:
+            return Outcome(result=flight.future.result())
+        flight.failures += 1
+        if flight.failures < self._attempts:
+            wait = min(2.0 ** (flight.failures - 1) - 1, _LONGEST_WAIT)
+            _LOG.warning("job for %s failed (attempt %d of %d): %s", key, flight.failures, self._attempts, error)
+            flight.future, flight.resume = None, time.monotonic() + wait
+            self._on_done()
+            return None
+        if isinstance(error, FedComputeError):
+            return Outcome(error=error)
+        return Outcome(error=OperationFailed(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def forget(self, key: BatchKey | IterationKey) -> None:
+        """Drops what is known about the key's job, whose outcome is recorded."""
+        self._flights.pop(key, None)
+
+    def retain(self, active: Collection[IterationKey]) -> None:
+        """Forgets the jobs of rounds that are not in `active`: a canceled round asks for no outcome."""
+        for key in list(self._flights):
+            if (key.iteration if isinstance(key, BatchKey) else key) not in active:
+                self.forget(key)

@@ -1,0 +1,1 @@
+"""What the server refuses: bodies that are too large, URLs that nobody signed."""

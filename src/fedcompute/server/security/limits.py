@@ -1,0 +1,47 @@
+"""Bounds on what a request may send, checked before and while its body is read."""
+
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+
+from fedcompute.errors import Reason, RequestRejected
+
+# A check-in or report is a few dozen bytes, a task a few kilobytes.
+MESSAGE_LIMIT = 64 * 1024
+TASK_LIMIT = 1024 * 1024
+
+
+def declared_length(request: Request) -> int | None:
+    """Returns the request's Content-Length, or None without one; raises RequestRejected(MALFORMED_REQUEST)."""
+    text = request.headers.get("content-length")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise RequestRejected(Reason.MALFORMED_REQUEST, "content-length is not a number")
+    return int(text)
+
+
+async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Yields the body's pieces; raises RequestRejected(REQUEST_TOO_LARGE) at the first byte beyond `limit` bytes.
+
+    A declared length beyond the limit is refused before anything is read.
+    """
+    length = declared_length(request)
+    if length is not None and length > limit:
+        raise _too_large(length, limit)
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > limit:
+            raise _too_large(total, limit)
+        if chunk:
+            yield chunk
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Returns the whole body of at most `limit` bytes; raises RequestRejected(REQUEST_TOO_LARGE)."""
+    return b"".join([chunk async for chunk in bounded_stream(request, limit)])
+
+
+def _too_large(size: int, limit: int) -> RequestRejected:
+    return RequestRejected(Reason.REQUEST_TOO_LARGE, f"the body has at least {size} bytes; the limit is {limit}")

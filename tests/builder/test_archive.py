@@ -1,0 +1,93 @@
+import io
+import stat
+import zipfile
+
+import pytest
+
+from fedcompute.builder import archive
+from fedcompute.builder.archive import pack_directory, unpack
+from fedcompute.errors import ArtifactInvalid
+
+
+def zipped(entries) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in entries:
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "model"
+    (directory / "variables").mkdir(parents=True)
+    (directory / "saved_model.pb").write_bytes(b"graph")
+    (directory / "variables" / "variables.index").write_bytes(b"index")
+    return directory
+
+
+@pytest.fixture
+def target(tmp_path):
+    path = tmp_path / "unpacked"
+    path.mkdir()
+    return path
+
+
+def test_a_packed_directory_unpacks_to_the_same_files(model, target):
+    data = pack_directory(model)
+    assert data == pack_directory(model)
+    unpacked = unpack(data, target)
+    assert (unpacked / "saved_model.pb").read_bytes() == b"graph"
+    assert (unpacked / "variables/variables.index").read_bytes() == b"index"
+
+
+def test_a_model_in_the_one_directory_of_an_archive_is_found(target):
+    data = zipped([("saved_model/saved_model.pb", b""), ("__MACOSX/x", b"")])
+    assert unpack(data, target) == target / "saved_model"
+
+
+def test_an_archive_or_directory_without_a_model_is_refused(tmp_path, target):
+    with pytest.raises(ArtifactInvalid, match=r"saved_model\.pb"):
+        unpack(zipped([("a", b"")]), target)
+    with pytest.raises(ArtifactInvalid, match=r"saved_model\.pb"):
+        pack_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a\\..\\x", "C:/x", "a/" * 20 + "x"])
+def test_an_entry_that_leaves_its_place_is_refused(target, name):
+    with pytest.raises(ArtifactInvalid, match="unsafe entry"):
+        unpack(zipped([("saved_model.pb", b""), (name, b"")]), target)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_a_link_is_refused(target):
+    link = zipfile.ZipInfo("link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with pytest.raises(ArtifactInvalid, match="unsafe entry"):
+        unpack(zipped([("saved_model.pb", b""), (link, b"/etc/passwd")]), target)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_entry_that_comes_twice_is_refused(target):
+    with pytest.raises(ArtifactInvalid):
+        unpack(zipped([("saved_model.pb", b"a"), ("saved_model.pb", b"b")]), target)
+
+
+def test_an_archive_that_unpacks_too_large_is_stopped_whatever_it_claims(target, monkeypatch):
+    # A smaller limit, since a gigabyte of zeros would take a test too long.
+    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(ArtifactInvalid, match="more than 1000 bytes"):
+        unpack(zipped([("saved_model.pb", b"\0" * 600), ("b", b"\0" * 600)]), target)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"no zip at all" * 100])
+def test_what_is_no_archive_is_refused(target, data):
+    with pytest.raises(ArtifactInvalid, match="cannot be read"):
+        unpack(data, target)
+
+
+def test_a_damaged_archive_is_refused(model, target):
+    data = bytearray(pack_directory(model))
+    data[45] ^= 0xFF
+    with pytest.raises(ArtifactInvalid, match="cannot be read"):
+        unpack(bytes(data), target)

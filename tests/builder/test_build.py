@@ -1,0 +1,186 @@
+import pytest
+
+from fedcompute.builder.build import build_task_group
+from fedcompute.builder.client_graph import INPUT_NAME, OUTPUT_NAME, TARGET_NAME, TOKEN_NAME
+from fedcompute.builder.config import read_config
+from fedcompute.builder.op_check import flex_ops, supported_ops
+from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, Reason
+from fedcompute.learning.plans import read_plan
+from fedcompute.protos import plan_pb2, task_builder_pb2
+from fedcompute.tensors.checkpoint import read_checkpoint
+
+Flags = task_builder_pb2.ExperimentFlags
+
+
+@pytest.fixture
+def reference_config(reference):
+    config = read_config((reference / "input/keras_task_config.pbtxt").read_bytes())
+    # Calibration, which the file asks for, takes half a minute.
+    config.differential_privacy.noise_multiplier = 1.0
+    return config
+
+
+@pytest.fixture
+def reference_group(reference, reference_config):
+    return build_task_group(reference / "input/keras_model", reference_config, Flags(skip_dp_check=True))
+
+
+def graph_inputs(flatbuffer: bytes):
+    from tensorflow.lite.python import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(flatbuffer)
+    graph = model.subgraphs[0]
+    tensors = [(graph.tensors[i].name, graph.tensors[i].type, list(graph.tensors[i].shape)) for i in graph.inputs]
+    metadata = [entry.name for entry in model.metadata]
+    return tensors, list(graph.outputs), flatbuffer[4:8], model.version, model.description, metadata
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan_name", "client_name"),
+    [("training", "plan.pb", "client_only_plan.pb"), ("evaluation", "eval_plan.pb", "eval_client_only_plan.pb")],
+)
+def test_the_reference_model_gives_plans_of_the_reference_form(
+    reference, reference_group, kind, plan_name, client_name
+):
+    built = getattr(reference_group, kind)
+    theirs = plan_pb2.Plan.FromString((reference / "output" / plan_name).read_bytes())
+    ours = read_plan(built.plan)
+    assert ours.version == theirs.version == 1
+    assert len(ours.phase) == 1
+    assert ours.phase[0].client_phase == theirs.phase[0].client_phase
+    assert ours.phase[0].client_phase.tensorflow_spec.HasField("example_selector")
+    assert graph_inputs(ours.client_tflite_graph_bytes) == graph_inputs(theirs.client_tflite_graph_bytes)
+    client = plan_pb2.ClientOnlyPlan.FromString(built.client_plan)
+    theirs_client = plan_pb2.ClientOnlyPlan.FromString((reference / "output" / client_name).read_bytes())
+    assert client.phase == theirs_client.phase
+    assert client.tflite_graph == ours.client_tflite_graph_bytes
+    assert (client.graph, ours.client_graph_bytes.value) == (b"", b"")
+
+
+def test_every_flex_op_of_the_reference_model_is_on_the_list(reference_group):
+    for built in (reference_group.training, reference_group.evaluation):
+        ops = flex_ops(plan_pb2.ClientOnlyPlan.FromString(built.client_plan).tflite_graph)
+        assert ops.keys() <= supported_ops().keys()
+    assert reference_group.training.task.min_client_version == "341912000"
+    assert reference_group.evaluation.task.min_client_version == "341812000"
+
+
+def test_the_initial_checkpoints_hold_the_reference_state(reference, reference_config, reference_group):
+    theirs = read_checkpoint((reference / "output/initial_state.server.ckp").read_bytes())
+    ours = read_checkpoint(reference_group.training.checkpoint)
+    assert [(n, a.shape, a.dtype) for n, a in ours.items()] == [(n, a.shape, a.dtype) for n, a in theirs.items()]
+    noise = {"server/aggregator/dp_event/noise_multiplier", "server/aggregator/query_state/numerator_state/stddev"}
+    assert {name for name in ours if (ours[name] != theirs[name]).any()} == noise
+    zeros = (reference / "output/eval_initial_state.server.ckp").read_bytes()
+    assert reference_group.evaluation.checkpoint == zeros
+
+
+def test_a_group_shares_its_correlation_id_and_its_state(config, dense_model):
+    group = build_task_group(dense_model, config)
+    assert group.training.task.correlation_id == group.evaluation.task.correlation_id != ""
+    assert read_checkpoint(group.training.checkpoint).keys() == read_checkpoint(group.evaluation.checkpoint).keys()
+
+
+@pytest.mark.parametrize(("mode", "kinds"), [("TRAINING_ONLY", (True, False)), ("EVAL_ONLY", (False, True))])
+def test_the_mode_decides_which_tasks_are_built(config, dense_model, mode, kinds):
+    config.mode = task_builder_pb2.TaskMode.Enum.Value(mode)
+    group = build_task_group(dense_model, config)
+    assert (group.training is not None, group.evaluation is not None) == kinds
+
+
+def test_leaf_names_are_those_of_the_configuration(config, dense_model):
+    def names(flags):
+        group = build_task_group(dense_model, config, flags)
+        process = read_plan(group.training.plan).learning_process
+        evaluation = read_plan(group.evaluation.plan).learning_process
+        return [[leaf.client_name for leaf in process.broadcasts], [leaf.spec.name for leaf in process.updates]], [
+            [leaf.client_name for leaf in evaluation.broadcasts],
+            [leaf.spec.name for leaf in evaluation.updates],
+        ]
+
+    trainable = [f"client/0/trainable/{i}" for i in range(4)]
+    metrics = ["sparse_categorical_accuracy/0", "sparse_categorical_accuracy/1", "loss/0", "loss/1"]
+    private, evaluated = names(Flags())
+    assert private[0] == [*trainable, "client/1"]
+    assert private[1] == [*(f"update/0/{m}" for m in metrics), *(f"update/1/{i}" for i in range(4))]
+    assert evaluated == [[f"client/0/0/{i}" for i in range(4)], [f"update/0/{m}" for m in metrics]]
+    plain, _ = names(Flags(skip_dp_aggregator=True))
+    assert plain[0] == trainable
+    assert plain[1] == ["update/0", *(f"update/1/{m}" for m in metrics), *(f"update/2/{i}" for i in range(4))]
+
+
+def test_selectors_are_those_of_training_and_evaluation(config, dense_model):
+    group = build_task_group(dense_model, config)
+    for built, uri in ((group.training, "app://digits/train"), (group.evaluation, "app://digits/eval")):
+        plan = plan_pb2.ClientOnlyPlan.FromString(built.client_plan)
+        assert plan.phase.tensorflow_spec.example_selector.collection_uri == uri
+        assert uri.encode() in plan.tflite_graph
+
+
+def test_the_report_says_what_was_built(config, dense_model):
+    config.federated_learning.learning_process.metrics.add(name="sparse_accuracy")
+    report = build_task_group(dense_model, config, Flags(skip_dp_check=True)).report
+    applied = report.applied_algorithms
+    assert (applied.learning_algo, applied.client_optimizer, applied.server_optimizer) == (1, 1, 2)
+    assert applied.dp_aggregator == task_builder_pb2.DpAggregator.FIXED_GAUSSIAN
+    assert report.metric_results.accepted_metrics == "sparse_categorical_accuracy"
+    assert report.metric_results.rejected_metrics == "sparse_accuracy"
+    assert (report.dp_hyperparameters.noise_multiplier, report.dp_hyperparameters.num_training_rounds) == (1.0, 20)
+    assert any("did you mean 'sparse_categorical_accuracy'" in warning for warning in report.warnings)
+    assert any("skip_dp_check" in warning for warning in report.warnings)
+
+
+def test_without_an_aggregator_the_report_names_none_and_says_so(config, dense_model):
+    report = build_task_group(dense_model, config, Flags(skip_dp_aggregator=True)).report
+    assert report.applied_algorithms.dp_aggregator == task_builder_pb2.DpAggregator.UNKNOWN
+    assert any("adds no noise" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("field", "number", "value"),
+    [("type", 2, "FED_SGD"), ("client_optimizer", 2, "ADAM"), ("server_optimizer", 9, "9")],
+)
+def test_a_value_that_is_not_offered_is_refused_by_field(config, dense_model, field, number, value):
+    setattr(config.federated_learning.learning_process, field, number)
+    with pytest.raises(ConfigInvalid) as caught:
+        build_task_group(dense_model, config)
+    assert f"key `{field}` has a bad value: `{value}` in `learning_process`" in caught.value.detail
+
+
+def test_a_convolution_is_refused_by_its_ops_and_builds_without_the_check(config, cnn_model):
+    with pytest.raises(BuildFailed) as caught:
+        build_task_group(cnn_model, config)
+    assert caught.value.reason == Reason.OPS_NOT_SUPPORTED
+    assert "Please contact Google to register these ops: {'Conv2DBackpropFilter': 'Conv2D" in caught.value.detail
+    group = build_task_group(cnn_model, config, Flags(skip_flex_ops_check=True))
+    assert group.training.task.min_client_version == "0"
+
+
+def test_a_directory_that_is_no_model_is_refused(config, tmp_path):
+    with pytest.raises(ArtifactInvalid) as caught:
+        build_task_group(tmp_path, config)
+    assert caught.value.reason == Reason.SAVED_MODEL_INVALID
+
+
+def test_a_metric_that_does_not_fit_is_named(config, dense_model):
+    config.federated_learning.learning_process.metrics[0].name = "binary_accuracy"
+    # Labels [n, 1] against three classes: an element-wise comparison would count nonsense.
+    with pytest.raises(ArtifactInvalid, match="binary_accuracy"):
+        build_task_group(dense_model, config)
+
+
+def test_the_report_is_filled_as_far_as_a_failed_build_got(config, cnn_model):
+    report = task_builder_pb2.TaskReport()
+    with pytest.raises(BuildFailed):
+        build_task_group(cnn_model, config, report=report)
+    assert report.dp_hyperparameters.num_training_rounds == 20
+    assert report.metric_results.accepted_metrics == "sparse_categorical_accuracy"
+
+
+def test_the_graph_keeps_its_fixed_names():
+    assert (TOKEN_NAME, INPUT_NAME, OUTPUT_NAME, TARGET_NAME) == (
+        "data_token",
+        "input_filepath",
+        "output_filepath",
+        "save_client_update_tensors",
+    )
