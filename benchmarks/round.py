@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=40)
     parser.add_argument("--updates", type=int, default=20)
     arguments = parser.parse_args()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     console = Console()
     console.print(
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, NumPy {np.__version__}"

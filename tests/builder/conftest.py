@@ -171,7 +171,7 @@ def run_graph(tmp_path):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve():
     """`with serve(app) as base_url:` runs an ASGI application on a free port of this machine, in a thread."""
     import uvicorn

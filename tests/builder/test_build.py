@@ -118,13 +118,13 @@ def test_selectors_are_those_of_training_and_evaluation(config, dense_model):
 
 
 def test_the_report_says_what_was_built(config, dense_model):
-    config.federated_learning.learning_process.metrics.add(name="sparse_accuracy")
+    config.federated_learning.learning_process.metrics.add(name="sparse_categorical_acc")
     report = build_task_group(dense_model, config, Flags(skip_dp_check=True)).report
     applied = report.applied_algorithms
     assert (applied.learning_algo, applied.client_optimizer, applied.server_optimizer) == (1, 1, 2)
     assert applied.dp_aggregator == task_builder_pb2.DpAggregator.FIXED_GAUSSIAN
     assert report.metric_results.accepted_metrics == "sparse_categorical_accuracy"
-    assert report.metric_results.rejected_metrics == "sparse_accuracy"
+    assert report.metric_results.rejected_metrics == "sparse_categorical_acc"
     assert (report.dp_hyperparameters.noise_multiplier, report.dp_hyperparameters.num_training_rounds) == (1.0, 20)
     assert any("did you mean 'sparse_categorical_accuracy'" in warning for warning in report.warnings)
     assert any("skip_dp_check" in warning for warning in report.warnings)
@@ -164,7 +164,6 @@ def test_a_directory_that_is_no_model_is_refused(config, tmp_path):
 
 def test_a_metric_that_does_not_fit_is_named(config, dense_model):
     config.federated_learning.learning_process.metrics[0].name = "binary_accuracy"
-    # Labels [n, 1] against three classes: an element-wise comparison would count nonsense.
     with pytest.raises(ArtifactInvalid, match="binary_accuracy"):
         build_task_group(dense_model, config)
 

@@ -110,7 +110,7 @@ def test_the_update_is_clipped_to_the_received_norm(model, data, examples, run_g
 
 def test_an_update_that_is_not_finite_becomes_zero(model, examples, run_graph):
     process = process_of(model)
-    graph = client_graph(model, process, settings(learning_rate=1e39))
+    graph = client_graph(model, process, settings(learning_rate=1e38))
     update = run_graph(graph, received(process, model), examples)
     assert all(not update[f"update/2/{index}"].any() for index in range(4))
     assert update["update/0"] == 1

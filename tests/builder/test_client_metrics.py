@@ -38,5 +38,12 @@ def test_binary_accuracy_counts_examples_when_outputs_are_a_plain_vector():
     assert measured("binary_accuracy", label, prediction) == [2, 3]
 
 
+def test_a_label_and_outputs_that_do_not_belong_together_are_refused():
+    with pytest.raises(ValueError):
+        measured("binary_accuracy", np.zeros((7, 1), np.int64), np.zeros((7, 3), np.float32))
+    with pytest.raises(ValueError):
+        measured("sparse_categorical_accuracy", np.zeros((7, 1), np.int64), np.zeros(7, np.float32))
+
+
 def test_loss_is_weighted_by_the_size_of_the_batch():
     assert measured("loss", np.zeros((7, 1), np.int64), np.zeros((7, 1), np.float32)) == [14, 7]

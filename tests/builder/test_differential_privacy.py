@@ -17,13 +17,14 @@ def test_given_noise_is_accounted_for(config):
 
 def test_unset_noise_is_calibrated_to_the_target(config):
     config.differential_privacy.noise_multiplier = 0
-    config.differential_privacy.estimated_population = 100
-    config.policies.model_release_policy.dp_target_epsilon = 8
+    config.differential_privacy.estimated_population = 50
+    config.policies.model_release_policy.dp_target_epsilon = 1
     config.policies.model_release_policy.dp_delta = 0
+    config.policies.model_release_policy.num_max_training_rounds = 2
     dp = dp_parameters(validate(config, NO_FLAGS))
-    assert (dp.epsilon, dp.delta) == (8, 0.01)
-    assert poisson_epsilon(dp.noise_multiplier, 20, 0.5, 0.01) <= 8
-    assert poisson_epsilon(dp.noise_multiplier * 0.99, 20, 0.5, 0.01) > 8
+    assert (dp.epsilon, dp.delta) == (1, 0.02)
+    assert poisson_epsilon(dp.noise_multiplier, 2, 1.0, 0.02) <= 1
+    assert poisson_epsilon(dp.noise_multiplier * 0.99, 2, 1.0, 0.02) > 1
 
 
 def test_noise_too_small_for_the_target_is_refused_with_both_numbers(config):

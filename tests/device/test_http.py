@@ -178,7 +178,7 @@ def test_no_url_is_logged(script, caplog):
 
 def test_a_slow_answer_ends_with_the_read_timeout(serve):
     async def slow(request):
-        await asyncio.sleep(2)
+        await asyncio.sleep(0.5)
         return Response(b"")
 
     async def one(url):

@@ -150,6 +150,7 @@ def test_a_success_report_for_a_closed_round_is_a_retry_window(api, hand_made):
     api.wait_for("closed", task_id, "COMPLETED")
     info = rejection_of(api.report(late), task_assignments_pb2.ReportResultResponse)
     assert info.reason == Rejection.NO_TASK_AVAILABLE
+    assert api.task("closed", task_id)["assignments"] == {"UPLOAD_COMPLETED": 1, "CANCELED": 1}
 
 
 @pytest.mark.parametrize(
@@ -379,12 +380,12 @@ def test_no_signature_reaches_the_log(api, hand_made, caplog):
     process = hand_made.process_of()
     with caplog.at_level(logging.DEBUG):
         task_id = api.open_task("quiet", process, goal=1)
-        api.contribute("quiet", hand_made.update_of(process, hand_made.initial))
+        assignment = api.contribute("quiet", hand_made.update_of(process, hand_made.initial))
         api.wait_for("quiet", task_id, "COMPLETED")
     # The client library of the test logs the URLs that it requests; the server must not.
     ours = [record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
     assert any("/blobs/v1/gradient/quiet/" in message for message in ours)
-    assert not [message for message in ours if "signature=" in message]
+    assert not [message for message in ours if "signature=" in message or assignment.assignment_id in message]
 
 
 def test_several_servers_share_nothing(run_server, tmp_path):

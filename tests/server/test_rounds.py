@@ -62,6 +62,7 @@ def test_under_a_fixed_denominator_no_more_than_the_goal_is_added(api, hand_made
     assert {answer.status_code for answer in answers} == {200}
     found = api.wait_for("capped", task_id, "COMPLETED")
     assert found["ledger"][0]["contributions"] == 3
+    assert found["assignments"] == {"UPLOAD_COMPLETED": 3, "CANCELED": 2}
     expected = hand_made.initial[0] - hand_made.rate * 0.01
     np.testing.assert_allclose(api.checkpoint("capped", task_id, 1)[f"{TRAINABLE}/0"], expected, atol=1e-6)
 
@@ -149,7 +150,7 @@ def test_a_round_uses_batches_of_the_set_size_and_a_smaller_last_one(run_server,
 
 def test_a_task_runs_all_its_rounds_each_on_the_model_of_the_last(api, hand_made):
     process = hand_made.process_of()
-    task_id = api.open_task("rounds", process, goal=1, rounds=3)
+    task_id = api.open_task("rounds", process, goal=1, rounds=3, room=1)
     for _ in range(3):
         api.contribute("rounds", hand_made.update_of(process, small(hand_made, 1.0)))
     found = api.wait_for("rounds", task_id, "COMPLETED")
@@ -171,9 +172,11 @@ def evaluation_info(population, training_task_id, size):
 
 def test_an_evaluation_measures_a_released_checkpoint_and_changes_no_model(api, hand_made):
     training = hand_made.process_of(dp(goal=1))
-    trained = api.open_task("measured", training, goal=1, rounds=2)
+    trained = api.open_task("measured", training, goal=1, rounds=2, room=1)
     evaluation = hand_made.evaluation_of(training, ["sparse_categorical_accuracy"])
-    task_id = api.open_task("measured-eval", evaluation, goal=1, rounds=2, info=evaluation_info("measured", trained, 2))
+    task_id = api.open_task(
+        "measured-eval", evaluation, goal=1, rounds=2, room=1, info=evaluation_info("measured", trained, 2)
+    )
     # Open, but there is nothing to measure yet.
     assert api.task("measured-eval", task_id)["iterations"] == []
     assert api.check_in("measured-eval").status_code == 200

@@ -44,6 +44,8 @@ def _binary_matches(batch: Batch) -> tf.Tensor:
     """Share of outputs on the right side of 0.5, [n]."""
     prediction = _with_columns(batch.prediction)
     label = tf.cast(_with_columns(batch.label), prediction.dtype)
+    # Broadcasting would compare one label with every output and count nonsense.
+    prediction.shape.assert_is_compatible_with(label.shape)
     right = tf.equal(label, tf.cast(prediction > 0.5, prediction.dtype))
     return tf.reduce_mean(tf.cast(right, tf.float32), axis=-1)
 
@@ -51,6 +53,8 @@ def _binary_matches(batch: Batch) -> tf.Tensor:
 def _sparse_matches(batch: Batch) -> tf.Tensor:
     """Whether the largest output is that of the class number in the label, [n, ...]."""
     label = batch.label
+    if batch.prediction.shape.rank == 1:
+        raise ValueError("one number per example names no class")
     if label.shape.rank == batch.prediction.shape.rank and label.shape[-1] == 1:
         label = tf.squeeze(label, axis=-1)
     best = tf.argmax(batch.prediction, axis=-1, output_type=tf.int64)

@@ -1,6 +1,7 @@
 """The `fedcompute` program. A command's module is imported when the command runs, so that help answers at once."""
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,4 +96,6 @@ def _program(
 
 def main() -> None:
     """Entry point of the `fedcompute` program."""
+    # Worker processes inherit it, and TensorFlow reads it when they load it: its converter is talkative.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     app()

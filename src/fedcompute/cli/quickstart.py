@@ -1,7 +1,6 @@
 """`fedcompute quickstart`: build, serve, train on simulated devices, evaluate, plot; every part the real one."""
 
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -90,8 +89,6 @@ def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serv
 
     root.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    # Read by TensorFlow when the worker process loads it; its converter is talkative.
-    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="-1")
     workshop = ProcessExecutor(1)
     try:
         listener = listen(Settings.host, port)

@@ -121,18 +121,18 @@ differential_privacy {{
 
 def build_sample(task: SampleTask) -> BuiltSample:
     """Saves the untrained model and its configuration, builds both tasks and judges the untrained model."""
-    from fedcompute.builder.build import BuiltTask, build_task_group
+    from fedcompute.builder.artifacts import BuiltTask
+    from fedcompute.builder.build import build_task_group
     from fedcompute.builder.config import read_config
     from fedcompute.models.datasets import load_dataset
     from fedcompute.models.functional_model import functional_model_from_keras
     from fedcompute.models.saved_model import save_functional_model
-    from fedcompute.models.zoo import SAMPLE_MODELS
+    from fedcompute.models.zoo import SAMPLE_MODELS, build_seeded
     from fedcompute.protos import task_builder_pb2
 
-    _seed(task.seed)
     sample = SAMPLE_MODELS[task.model]
     dataset = load_dataset(task.data, task.devices, task.seed)
-    keras_model = sample.build()
+    keras_model = build_seeded(sample, task.seed)
     functional = functional_model_from_keras(
         keras_model=keras_model, loss_fn=sample.loss_fn(), input_spec=sample.input_spec()
     )
@@ -179,7 +179,6 @@ def judge_sample(argument: tuple[SampleTask, bytes]) -> Judged:
     from fedcompute.tensors.tree import subtree
 
     task, checkpoint = argument
-    _seed(task.seed)
     sample = SAMPLE_MODELS[task.model]
     dataset = load_dataset(task.data, task.devices, task.seed)
     trainable = list(subtree(read_checkpoint(checkpoint), "server/global_model_weights/trainable").values())
@@ -201,9 +200,3 @@ def _judge(keras_model: Any, loss_fn: Any, x: Any, y: Any) -> tuple[float, float
     labels = np.reshape(y, -1)
     accuracy = float(np.mean(np.argmax(np.asarray(scores), axis=-1) == labels))
     return accuracy, float(loss_fn(labels.reshape(-1, 1), scores))
-
-
-def _seed(seed: int) -> None:
-    import keras
-
-    keras.utils.set_random_seed(seed)

@@ -206,6 +206,9 @@ def serve(settings: Settings, listener: socket.socket, announcement: str) -> Non
     except KeyboardInterrupt:
         # Raised again by uvicorn after its orderly shutdown: Ctrl-C is how a server ends.
         return
+    except SystemExit:
+        if not failures:
+            raise
     if failures:
         raise failures[0]
     if not running.started:
@@ -220,9 +223,9 @@ def _announce(running: "uvicorn.Server", announcement: str) -> None:
     typer.echo(announcement)
 
 
-def _keep_start_failure(app: Any) -> list[FedComputeError]:
-    """A list that takes the typed error with which the application's lifespan ends, if it does."""
-    failures: list[FedComputeError] = []
+def _keep_start_failure(app: Any) -> list[Exception]:
+    """A list that takes the error, typed or of the system, with which the application's lifespan ends."""
+    failures: list[Exception] = []
     lifespan = app.router.lifespan_context
 
     @asynccontextmanager
@@ -230,7 +233,7 @@ def _keep_start_failure(app: Any) -> list[FedComputeError]:
         try:
             async with lifespan(app) as state:
                 yield state
-        except FedComputeError as error:
+        except (FedComputeError, OSError) as error:
             failures.append(error)
             raise
 

@@ -100,6 +100,14 @@ def binary_cross_entropy(label: Any, output: Any) -> Any:
     return -tf.reduce_mean(tf.math.log(tf.maximum(likelihood, 1e-7)))
 
 
+def build_seeded(sample: SampleModel, seed: int) -> Any:
+    """The sample's Keras model with initial weights that `seed` decides."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    return sample.build()
+
+
 def _halved(image: Any) -> Any:
     import keras
 

@@ -2,22 +2,24 @@
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from fedcompute.errors import OperationFailed, Reason
+from fedcompute.errors import CATALOGUE, OperationFailed, Reason
+from fedcompute.protos import task_pb2
 
-_DOCUMENT_LIMIT = 64 << 20
+DEFAULT_URL = "http://localhost:8080"
+_DOCUMENT_LIMIT = 256 << 20
 _ARTIFACT_LIMIT = 1 << 30
 _TIMEOUT = 30.0
+_ACTIVE = (task_pb2.TaskStatus.CREATED, task_pb2.TaskStatus.OPEN, task_pb2.TaskStatus.PAUSED)
 
 
 class OperatorApi:
     """One server by its URL. Methods block; every answer has a size limit.
 
     Methods raise OperationFailed: SERVER_UNREACHABLE, SERVER_ANSWER_INVALID for what no server of ours would say, and
-    the server's own reason where it refuses.
+    the server's own reason, words and remedy where it refuses.
     """
 
     def __init__(self, url: str) -> None:
@@ -28,65 +30,87 @@ class OperatorApi:
         self.url = url.rstrip("/")
 
     def tasks(self, population: str | None = None) -> list[dict[str, Any]]:
-        """Every task, or those of one population, each with its newest round."""
-        query = "" if population is None else f"?population={quote(population, safe='')}"
-        return list(self._json(f"/api/v1/tasks{query}")["tasks"])
+        """Every task with its newest round, or those of one population."""
+        query = {} if population is None else {"population": population}
+        return self._listed(self._document("/api/v1/tasks", query), "tasks")
 
     def task(self, population: str, task_id: int) -> dict[str, Any]:
-        """One task: its rounds, metrics, rejections and ledger."""
-        return self._json(_task_path(population, task_id))
+        """One task: `task`, `iterations`, `assignments`, `rejections`, `metrics`, `ledger`, `failure`."""
+        document = self._document(_task_path(population, task_id), {})
+        if not isinstance(document.get("task"), dict):
+            raise self._invalid("it holds no task")
+        for name in ("iterations", "metrics", "ledger"):
+            self._listed(document, name)
+        return document
 
     def metrics(self, population: str, task_id: int) -> dict[int, dict[str, float | None]]:
-        """Released metrics by round and name; None where a value is not finite."""
+        """Metrics by round, then name; None where a result was not finite."""
         found: dict[int, dict[str, float | None]] = {}
-        for metric in self.task(population, task_id)["metrics"]:
-            value = metric["value"]
-            finite = value is not None and math.isfinite(value)
-            found.setdefault(int(metric["iteration_id"]), {})[str(metric["name"])] = float(value) if finite else None
+        for row in self.task(population, task_id)["metrics"]:
+            value = row.get("value")
+            number = float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+            found.setdefault(int(row["iteration_id"]), {})[str(row["name"])] = number
         return found
 
     def checkpoint(self, population: str, task_id: int, iteration: int | None = None) -> tuple[bytes, int]:
-        """A released server checkpoint and its round: the newest, or that of `iteration` (0: the initial one)."""
-        query = "" if iteration is None else f"?iteration={iteration}"
-        body, headers = self._request("GET", f"{_task_path(population, task_id)}/checkpoint{query}", _ARTIFACT_LIMIT)
-        try:
-            return body, int(headers["x-iteration"])
-        except (KeyError, ValueError) as error:
-            raise self._strange("the checkpoint does not say which round it is of") from error
+        """A released server checkpoint and its round; 0 is the initial one, None the newest."""
+        query = {} if iteration is None else {"iteration": str(iteration)}
+        data, headers = self._ask("GET", f"{_task_path(population, task_id)}/checkpoint", query, _ARTIFACT_LIMIT)
+        found = str(headers.get("x-iteration", ""))
+        if not found.isdecimal():
+            raise self._invalid("it does not say of which round the checkpoint is")
+        return data, int(found)
 
     def plan(self, population: str, task_id: int) -> bytes:
-        """The server plan."""
-        return self._request("GET", f"{_task_path(population, task_id)}/plan", _ARTIFACT_LIMIT)[0]
+        """The server plan, serialized."""
+        return self._ask("GET", f"{_task_path(population, task_id)}/plan", {}, _ARTIFACT_LIMIT)[0]
 
-    def cancel(self, population: str, task_id: int) -> None:
-        """Cancels a task; nothing more of it is released."""
+    def cancel(self, population: str, task_id: int) -> str:
+        """Cancels a task and returns its status; a task that was over already keeps the status it had."""
+        from google.protobuf.message import DecodeError
+
         path = f"/taskmanagement/v1/population/{quote(population, safe='')}/tasks/{task_id}:cancel"
-        self._request("POST", path, _DOCUMENT_LIMIT)
-
-    def _json(self, path: str) -> dict[str, Any]:
-        body, _ = self._request("GET", path, _DOCUMENT_LIMIT)
+        data, _ = self._ask("POST", path, {}, _DOCUMENT_LIMIT)
         try:
-            document = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise self._strange("the answer is no JSON") from error
+            status = task_pb2.GetTaskByIdResponse.FromString(data).task.status
+        except DecodeError:
+            raise self._invalid("it is no task") from None
+        if status in _ACTIVE:
+            raise self._invalid("the task is still active")
+        return task_pb2.TaskStatus.Enum.Name(status)
+
+    def _document(self, path: str, query: dict[str, str]) -> dict[str, Any]:
+        data, _ = self._ask("GET", path, query, _DOCUMENT_LIMIT)
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            raise self._invalid("it is no JSON text") from None
         if not isinstance(document, dict):
-            raise self._strange("the answer is no JSON object")
+            raise self._invalid("it is no JSON object")
         return document
 
-    def _request(self, method: str, path: str, limit: int) -> tuple[bytes, Mapping[str, str]]:
-        # Imported here: a command that only prints help needs no HTTP client.
+    def _listed(self, document: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        found = document.get(name)
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise self._invalid(f"it holds no list of {name}")
+        return found
+
+    def _ask(self, method: str, path: str, query: dict[str, str], limit: int) -> tuple[bytes, Any]:
         import httpx
 
         body = bytearray()
         try:
-            with httpx.stream(method, self.url + path, timeout=_TIMEOUT) as answer:
+            with (
+                httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client,
+                client.stream(method, self.url + path, params=query) as answer,
+            ):
                 for chunk in answer.iter_bytes():
                     body += chunk
                     if len(body) > limit:
-                        raise self._strange(f"the answer has more than {limit} bytes")
+                        raise self._invalid(f"it is longer than {limit} bytes")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise OperationFailed(
-                Reason.SERVER_UNREACHABLE, f"no answer from {self.url} ({type(error).__name__})"
+                Reason.SERVER_UNREACHABLE, f"no answer from {self.url}: {error or type(error).__name__}"
             ) from error
         if not answer.is_success:
             raise self._refusal(answer.status_code, bytes(body))
@@ -95,12 +119,14 @@ class OperatorApi:
     def _refusal(self, status: int, body: bytes) -> OperationFailed:
         try:
             document = json.loads(body)
-            return OperationFailed(Reason(document["code"]), str(document["message"]), remedy=str(document["remedy"]))
+            reason, message = Reason(document["code"]), str(document["message"])
+            remedy = str(document.get("remedy") or CATALOGUE[reason].remedy)
         except (ValueError, KeyError, TypeError, RecursionError):
-            return self._strange(f"the server answers {status}")
+            return self._invalid(f"HTTP status {status} without a reason that this version knows")
+        return OperationFailed(reason, message, remedy=remedy)
 
-    def _strange(self, what: str) -> OperationFailed:
-        return OperationFailed(Reason.SERVER_ANSWER_INVALID, f"{self.url}: {what}")
+    def _invalid(self, what: str) -> OperationFailed:
+        return OperationFailed(Reason.SERVER_ANSWER_INVALID, f"the answer of {self.url} cannot be used: {what}")
 
 
 def _task_path(population: str, task_id: int) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -34,7 +34,7 @@ class Uploads:
         with self._lock:
             self._sessions.add(session_id)
 
-    def discard(self, session_ids: list[str]) -> None:
+    def discard(self, session_ids: Iterable[str]) -> None:
         with self._lock:
             self._sessions.difference_update(session_ids)
 
@@ -43,13 +43,10 @@ class Uploads:
         with self._lock:
             return [one for one in session_ids if one in self._sessions]
 
-    def keep(self, session_ids: set[str]) -> None:
-        """Forgets every session that is not in `session_ids`."""
+    def all(self) -> set[str]:
+        """Returns every session here."""
         with self._lock:
-            self._sessions &= session_ids
-
-    def __len__(self) -> int:
-        return len(self._sessions)
+            return set(self._sessions)
 
 
 class Plans:

@@ -187,6 +187,26 @@ def reject_contribution(tx: Transaction, key: AssignmentKey, reason: Reason, now
     )
 
 
+def cancel_late(tx: Transaction, key: AssignmentKey, now: datetime) -> bool:
+    """ASSIGNED or LOCAL_COMPLETED -> CANCELED, for a device that finished after its round had closed; False otherwise."""
+    open_statuses = (AssignmentStatus.ASSIGNED, AssignmentStatus.LOCAL_COMPLETED)
+    return any(_move_one(tx, key, old, AssignmentStatus.CANCELED, now) for old in open_statuses)
+
+
+def cancel_unused(tx: Transaction, iteration: IterationKey, now: datetime) -> int:
+    """LOCAL_COMPLETED, and UPLOAD_COMPLETED without a batch, -> CANCELED; returns how many.
+
+    For a round that has completed: it needs none of them any more. Devices that still compute keep their state, so
+    that their reports and time-outs tell how they fared.
+    """
+    table = schema.assignment
+    where = [schema.of_iteration(table, iteration), table.c.batch_id.is_(None)]
+    unused = (AssignmentStatus.LOCAL_COMPLETED, AssignmentStatus.UPLOAD_COMPLETED)
+    return sum(
+        len(transitions.move(tx, transitions.ASSIGNMENT, where, old, AssignmentStatus.CANCELED, now)) for old in unused
+    )
+
+
 def time_out_computing(
     tx: Transaction, now: datetime, age: timedelta, *, iteration: IterationKey | None = None, limit: int = LIST_LIMIT
 ) -> list[AssignmentKey]:
@@ -225,6 +245,30 @@ def count_assignments(tx: Transaction, iteration: IterationKey) -> dict[Assignme
     )
     counts = dict.fromkeys(AssignmentStatus, 0)
     return counts | {AssignmentStatus(row.status): row.n for row in tx.execute(query)}
+
+
+def count_by_iteration(tx: Transaction, task: TaskKey) -> dict[IterationKey, dict[AssignmentStatus, int]]:
+    """How many assignments each iteration of a task has in each status; what there is none of is left out."""
+    table = schema.assignment
+    columns = [table.c[name] for name in (*schema.ITERATION_COLUMNS, "status")]
+    query = select(*columns, func.count().label("n")).where(schema.of_task(table, task)).group_by(*columns)
+    counts: dict[IterationKey, dict[AssignmentStatus, int]] = {}
+    for row in tx.execute(query):
+        key = IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id)
+        counts.setdefault(key, {})[AssignmentStatus(row.status)] = row.n
+    return counts
+
+
+def count_rejections(tx: Transaction, task: TaskKey) -> dict[str, int]:
+    """How many of a task's contributions were rejected, by the code of the reason."""
+    table = schema.assignment
+    query = (
+        select(table.c.rejection, func.count().label("n"))
+        .where(schema.of_task(table, task), table.c.status == int(AssignmentStatus.REMOTE_FAILED))
+        .group_by(table.c.rejection)
+        .order_by(table.c.rejection)
+    )
+    return {row.rejection or Reason.INTERNAL.value: row.n for row in tx.execute(query)}
 
 
 def list_assignments(

@@ -1,6 +1,8 @@
 """What an operator sees: tasks, their rounds, and what they released, as JSON."""
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -14,9 +16,8 @@ from fedcompute.server.api.paths import number
 from fedcompute.server.api.tasks import existing_task
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.rounds.plans import read_stored
-from fedcompute.storage.assignments import count_assignments, list_assignments
+from fedcompute.storage.assignments import count_assignments, count_by_iteration, count_rejections
 from fedcompute.storage.blobs import BlobMissing
-from fedcompute.storage.database import Transaction
 from fedcompute.storage.iterations import IterationRow, iterations_of, newest_iteration
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.paths import MODEL, failure_path, server_checkpoint_path, server_plan_path
@@ -67,9 +68,8 @@ def _tasks(context: Context, population: str | None) -> list[dict[str, Any]]:
         listed = []
         for row in rows:
             newest = newest_iteration(tx, row.key)
-            listed.append(
-                {**_summary(row), "newest_iteration": None if newest is None else _iteration(tx, newest, None)}
-            )
+            counted = newest and _iteration(newest, count_assignments(tx, newest.key), None)
+            listed.append({**_summary(row), "newest_iteration": counted})
     return listed
 
 
@@ -78,12 +78,12 @@ def _task(context: Context, key: TaskKey) -> dict[str, Any]:
         row = existing_task(get_task(tx, key), key)
         completed = {one.iteration_id: one.completed.isoformat() for one in completed_iterations(tx, key)}
         newest_first = iterations_of(tx, key, limit=_LIST_LIMIT, newest_first=True)
-        rounds = [_iteration(tx, one, completed.get(one.key.iteration_id)) for one in reversed(newest_first)]
-        rejections: dict[str, int] = {}
-        for one in newest_first:
-            failed = list_assignments(tx, one.key, statuses=[AssignmentStatus.REMOTE_FAILED])
-            for reason in (assignment.rejection or Reason.INTERNAL.value for assignment in failed):
-                rejections[reason] = rejections.get(reason, 0) + 1
+        counts = count_by_iteration(tx, key)
+        rounds = [
+            _iteration(one, counts.get(one.key, {}), completed.get(one.key.iteration_id))
+            for one in reversed(newest_first)
+        ]
+        rejections = count_rejections(tx, key)
         metrics = [
             {"iteration_id": metric.iteration_id, "name": metric.name, "value": metric.value}
             for metric in metrics_of(tx, key)
@@ -99,10 +99,9 @@ def _task(context: Context, key: TaskKey) -> dict[str, Any]:
             }
             for entry in ledger_entries(tx, key.population, task=key)
         ]
-    assignments: dict[str, int] = {}
+    assignments: Counter[str] = Counter()
     for one_round in rounds:
-        for name, count in one_round["assignments"].items():
-            assignments[name] = assignments.get(name, 0) + count
+        assignments.update(one_round["assignments"])
     return {
         "task": _summary(row),
         "failure": _failure(context, key),
@@ -133,8 +132,7 @@ def _summary(row: TaskRow) -> dict[str, Any]:
     }
 
 
-def _iteration(tx: Transaction, row: IterationRow, completed: str | None) -> dict[str, Any]:
-    counts = {status.name: count for status, count in count_assignments(tx, row.key).items() if count}
+def _iteration(row: IterationRow, counts: Mapping[AssignmentStatus, int], completed: str | None) -> dict[str, Any]:
     trained_on = row.info.evaluation_training_iteration_id
     return {
         "iteration_id": row.key.iteration_id,
@@ -143,7 +141,7 @@ def _iteration(tx: Transaction, row: IterationRow, completed: str | None) -> dic
         "report_goal": row.report_goal,
         "max_aggregation_size": row.max_aggregation_size,
         "evaluated_iteration_id": trained_on or None,
-        "assignments": counts,
+        "assignments": {status.name: count for status, count in sorted(counts.items()) if count},
         "opened": row.created.isoformat(),
         "entered": row.entered.isoformat(),
         "completed": completed,

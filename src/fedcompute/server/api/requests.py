@@ -1,6 +1,7 @@
 """What happens to every request: an id, one line in the access log, and an answer whatever goes wrong."""
 
 import logging
+import re
 import time
 import uuid
 
@@ -15,6 +16,8 @@ from fedcompute.server.api.messages import error_response
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
+# Without authentication a session's id is its only secret.
+_SESSION = re.compile(r"\b([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
 
 
 class RequestLog:
@@ -47,13 +50,15 @@ class RequestLog:
         except ClientDisconnect:
             status = status or 499
         except Exception:
-            _LOG.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            path = _SESSION.sub(r"\1...", scope["path"])
+            _LOG.exception("request %s failed: %s %s", request_id, scope["method"], path)
             if status:
                 raise
             await internal_error(request_id)(scope, receive, send_and_note)
         finally:
             seconds = time.perf_counter() - started
-            _ACCESS.info("%s %s %s %.4fs %s", scope["method"], scope["path"], status, seconds, request_id)
+            path = _SESSION.sub(r"\1...", scope["path"])
+            _ACCESS.info("%s %s %s %.4fs %s", scope["method"], path, status, seconds, request_id)
 
 
 def internal_error(request_id: str) -> Response:

@@ -69,7 +69,9 @@ def report_completed(
         iteration = get_iteration(tx, row.key.iteration)
         assert iteration is not None, "an assignment's foreign key is its iteration"
         collecting = iteration.status is IterationStatus.COLLECTING
-        if collecting and not assignments.report_completed(tx, row.key, now()):
+        if not collecting:
+            assignments.cancel_late(tx, row.key, now())
+        elif not assignments.report_completed(tx, row.key, now()):
             raise RequestRejected(Reason.ASSIGNMENT_NOT_ACTIVE, f"the assignment is {row.status.name}")
     if not collecting:
         # Kinder than 404: the device drops its update without repeating the report or counting a failure.

@@ -98,15 +98,18 @@ def time_out(context: Context) -> bool:
     """
     settings = context.settings
     waiting: set[str] = set()
+    # Before the question who waits: an upload that arrives meanwhile must not count as forgotten.
+    seen = context.uploads.all()
     with context.database.read() as tx:
-        collecting = list_iterations(tx, statuses=[IterationStatus.COLLECTING])
-    for iteration in collecting:
+        # An aggregating round may collect again.
+        unclosed = list_iterations(tx, statuses=[IterationStatus.COLLECTING, IterationStatus.AGGREGATING])
+    for iteration in unclosed:
         for session_id in _waiting(context, iteration):
             waiting.add(session_id)
             path = update_path(iteration.key.task, iteration.result_id, session_id)
             if not context.uploads.among([session_id]) and context.blobs.exists(GRADIENT, path):
                 context.uploads.add(session_id)
-    context.uploads.keep(waiting)
+    context.uploads.discard(seen - waiting)
     stored = context.uploads.among(sorted(waiting))
     with context.database.write() as tx:
         late = time_out_uploading(tx, now(), timedelta(seconds=settings.upload_timeout), keep=stored)
@@ -167,7 +170,7 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
 
 def _record(context: Context, batch: BatchRow, result: AggregateResult) -> None:
     for one in result.rejected:
-        _LOG.warning("upload of session %s rejected: %s [%s]", one.session_id, one.detail, one.reason.value)
+        _LOG.warning("upload of session %.8s rejected: %s [%s]", one.session_id, one.detail, one.reason.value)
     rejected = {one.session_id: one.reason for one in result.rejected}
     with context.database.write() as tx:
         finish_batch(tx, batch.key, result.accepted, rejected, now())

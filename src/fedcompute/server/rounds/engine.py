@@ -1,6 +1,7 @@
 """The round engine: one loop that looks at what the database says and does what comes next."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -37,8 +38,10 @@ class Engine:
 
     def wake(self) -> None:
         """Asks for a pass soon; callable from any thread, and before `start` and after `stop`."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._event.set)
+        if self._loop is not None:
+            # A job may end when the loop is closed already.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._event.set)
 
     async def stop(self) -> None:
         """Waits for the running pass and ends the loop."""

@@ -9,6 +9,7 @@ from fedcompute.privacy.ledger import event_json
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.schedule import fail
 from fedcompute.server.rounds.update import UpdateJob, UpdateResult, update
+from fedcompute.storage.assignments import cancel_unused
 from fedcompute.storage.batches import list_batches
 from fedcompute.storage.iterations import IterationRow, close_and_open_next, move_iteration, next_iteration
 from fedcompute.storage.keys import TaskKey
@@ -53,6 +54,8 @@ def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> N
             following=next_iteration(task, iteration) if _trains_on(task, iteration) else None,
             now=now(),
         )
+        if closed:
+            cancel_unused(tx, iteration.key, now())
     if closed:
         _LOG.info("round %s is complete with %d contributions", iteration.key, result.contributions)
 

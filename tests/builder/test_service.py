@@ -1,0 +1,230 @@
+"""The service over real HTTP, with a task management of its own that keeps what it gets."""
+
+import gzip
+import subprocess
+import sys
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from fedcompute.builder.client import build_request, send
+from fedcompute.builder.service import ServiceSettings, create_service
+from fedcompute.learning.plans import read_plan
+from fedcompute.protos import plan_pb2, task_builder_pb2, task_pb2
+from fedcompute.tensors.checkpoint import read_checkpoint
+
+Flags = task_builder_pb2.ExperimentFlags
+ErrorType = task_builder_pb2.ErrorType
+
+
+class TaskManagement:
+    """Creates tasks with ids from 1 and takes their artifacts; the server room, which is tested there, does more."""
+
+    def __init__(self) -> None:
+        self.forget()
+        self.app = Starlette(
+            routes=[
+                Route("/taskmanagement/v1/population/{population}:create-task", self.create, methods=["POST"]),
+                Route("/taskmanagement/v1/population/{population}/tasks/{id}:cancel", self.cancel, methods=["POST"]),
+                Route("/blobs/{path:path}", self.put, methods=["PUT"]),
+            ]
+        )
+
+    def forget(self) -> None:
+        self.tasks: list[task_pb2.Task] = []
+        self.objects: dict[str, tuple[bytes, str]] = {}
+        self.cancelled: list[str] = []
+        self.refuse_creation_from = 99
+        self.refuse_uploads_of = "nothing"
+
+    async def create(self, request):
+        task = task_pb2.CreateTaskRequest.FromString(await request.body()).task
+        if len(self.tasks) + 1 >= self.refuse_creation_from:
+            return PlainTextResponse("only one active training task is allowed", status_code=409)
+        task.task_id = len(self.tasks) + 1
+        base = f"{str(request.base_url).rstrip('/')}/blobs/{task.task_id}"
+        task.init_checkpoint_url.append(f"{base}/checkpoint?signature=secret")
+        task.server_phase_url.append(f"{base}/plan?signature=secret")
+        task.client_only_plan_url.append(f"{base}/client_plan?signature=secret")
+        self.tasks.append(task)
+        return Response(task_pb2.CreateTaskResponse(task=task).SerializeToString())
+
+    async def put(self, request):
+        path = request.path_params["path"]
+        if path.endswith(self.refuse_uploads_of):
+            return PlainTextResponse("full", status_code=507)
+        self.objects[path] = (await request.body(), request.headers.get("content-encoding"))
+        return PlainTextResponse("")
+
+    async def cancel(self, request):
+        self.cancelled.append(f"{request.path_params['population']}/{request.path_params['id']}")
+        return PlainTextResponse("")
+
+
+@pytest.fixture(scope="module")
+def service(serve, tmp_path_factory):
+    """(task management, builder URL, storage root) of one service, whose worker process stays warm."""
+    management = TaskManagement()
+    root = tmp_path_factory.mktemp("storage") / "out"
+    with serve(management.app) as management_url:
+        settings = ServiceSettings(task_management_url=f"{management_url}/", storage_root=root)
+        with serve(create_service(settings)) as url:
+            yield management, url, root
+
+
+@pytest.fixture
+def task_management(service):
+    service[0].forget()
+    return service[0]
+
+
+@pytest.fixture
+def builder(service, task_management):
+    return service[1]
+
+
+@pytest.fixture
+def storage_root(service):
+    return service[2]
+
+
+@pytest.fixture
+def request_of(config, dense_model):
+    def make(flags=None, model=dense_model):
+        return build_request(str(model), config, flags or Flags())
+
+    return make
+
+
+def test_a_task_group_is_built_created_and_uploaded(builder, task_management, request_of):
+    response = send(request_of(), builder)
+    assert response.WhichOneof("result") == "task_group", response
+    group = response.task_group
+    assert (group.training_task.task_id, group.eval_task.task_id) == (1, 2)
+    assert list(task_management.tasks) == [group.training_task, group.eval_task]
+    assert {encoding for _, encoding in task_management.objects.values()} == {"gzip"}
+    objects = {path: gzip.decompress(body) for path, (body, _) in task_management.objects.items()}
+    for task_id in (1, 2):
+        plan = read_plan(objects[f"{task_id}/plan"])
+        client = plan_pb2.ClientOnlyPlan.FromString(objects[f"{task_id}/client_plan"])
+        assert client.tflite_graph == plan.client_tflite_graph_bytes
+        assert "server/global_model_weights/trainable/0" in read_checkpoint(objects[f"{task_id}/checkpoint"])
+    assert response.task_report.dp_hyperparameters.num_training_rounds == 20
+    assert not task_management.cancelled
+
+
+def test_tasks_are_cancelled_when_an_upload_fails_and_no_signature_is_shown(builder, task_management, request_of):
+    task_management.refuse_uploads_of = "2/client_plan"
+    response = send(request_of(), builder)
+    assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR
+    assert response.error_info.error_message.startswith("Artifact failed to upload for task 2: Cannot upload artifact")
+    assert "secret" not in response.error_info.error_message
+    assert task_management.cancelled == ["digits/1", "digits/2"]
+    assert response.task_report.applied_algorithms.learning_algo == 1
+
+
+def test_a_refused_second_task_undoes_the_first_and_the_reason_reaches_the_user(builder, task_management, request_of):
+    task_management.refuse_creation_from = 2
+    response = send(request_of(), builder)
+    assert response.error_info.error_type == ErrorType.TASK_MANAGEMENT_ERROR
+    assert response.error_info.error_message == (
+        "Failed to create tasks by task management service: 409: Conflict: only one active training task is allowed"
+    )
+    assert task_management.cancelled == ["digits/1"]
+    assert not task_management.objects
+
+
+def test_every_kind_of_failure_has_its_type_text_and_report(builder, task_management, config, request_of, cnn_model):
+    refused = send(request_of(model=cnn_model), builder)
+    assert refused.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR
+    text = refused.error_info.error_message
+    assert text.startswith(
+        "Artifact building failed for task 0: Cannot build the ClientOnlyPlan: Please contact Google"
+    )
+    assert text.endswith("}\n. Stop building remaining artifacts.")
+    assert refused.task_report.dp_hyperparameters.num_training_rounds == 20
+
+    no_model = task_builder_pb2.BuildTaskRequest(task_config=config)
+    assert send(no_model, builder).error_info.error_type == ErrorType.INVALID_REQUEST
+    no_model.saved_model.inline_resource.data = b"no archive"
+    assert "cannot be read" in send(no_model, builder).error_info.error_message
+
+    config.federated_learning.learning_process.runtime_config.report_goal = 0
+    invalid = send(request_of(), builder)
+    assert invalid.error_info.error_type == ErrorType.INVALID_REQUEST
+    assert invalid.error_info.error_message.startswith(
+        "Task config is invalid: [Invalid task config]: key `report_goal` has a bad value: `0` in `runtime_config`."
+    )
+    assert invalid.HasField("task_report")
+    assert not task_management.tasks
+
+
+def test_an_artifact_only_build_writes_six_files_and_creates_no_task(
+    builder, task_management, config, request_of, storage_root
+):
+    out = storage_root
+    for block, prefix in (
+        (config.federated_learning.learning_process, ""),
+        (config.federated_learning.evaluation, "eval_"),
+    ):
+        block.artifact_building.plan_url = str(out / f"{prefix}plan.pb")
+        block.artifact_building.client_plan_url = (out / f"{prefix}client_only_plan.pb").as_uri()
+        block.artifact_building.checkpoint_url = str(out / f"{prefix}initial_state.server.ckp")
+    response = send(request_of(), builder, artifact_only=True)
+    assert response.WhichOneof("result") == "task_group", response
+    assert list(response.task_group.training_task.server_phase_url) == [str(out / "plan.pb")]
+    assert response.task_group.eval_task.min_client_version == "341812000"
+    assert len(list(out.iterdir())) == 6
+    read_plan((out / "eval_plan.pb").read_bytes())
+    assert not task_management.tasks
+
+
+@pytest.mark.parametrize(
+    "url", ["", "{storage_path}/plan.pb", "/etc/plan.pb", "ROOT/../plan.pb", "gs://bucket/plan.pb", "file://host/x"]
+)
+def test_an_artifact_place_outside_the_storage_root_is_refused_before_the_build(
+    builder, config, request_of, url, storage_root
+):
+    block = config.federated_learning.learning_process.artifact_building
+    block.plan_url = url.replace("ROOT", str(storage_root))
+    response = send(request_of(), builder, artifact_only=True)
+    assert response.error_info.error_type == ErrorType.INVALID_REQUEST
+    assert "Cannot build artifacts because createTask returns invalid URLs: " in response.error_info.error_message
+
+
+def test_a_body_that_is_no_request_is_a_400_and_a_large_one_a_413(serve):
+    with serve(create_service(ServiceSettings(max_request_bytes=1000))) as url:
+        route = f"{url}/taskbuilder/v1:build-task-group"
+        with httpx.Client(trust_env=False) as client:
+            assert client.post(route, content=b"\xff\xff").status_code == 400
+            assert client.post(route, content=b"x" * 1001).status_code == 413
+            assert client.get(f"{url}/ready").status_code == client.get(f"{url}/healthz").status_code == 200
+
+
+def test_without_task_management_and_with_forbidden_flags_nothing_is_built(serve, request_of):
+    settings = ServiceSettings(forbidden_flags=frozenset({"skip_dp_check"}))
+    with serve(create_service(settings)) as url:
+        unregistered = send(request_of(), url)
+        assert unregistered.error_info.error_message == "Cannot find task management server."
+        assert unregistered.error_info.error_type == ErrorType.TASK_MANAGEMENT_ERROR
+        forbidden = send(request_of(Flags(skip_dp_check=True)), url)
+        assert "does not allow the flag skip_dp_check" in forbidden.error_info.error_message
+
+
+def test_a_build_that_takes_too_long_is_ended(serve, request_of):
+    settings = ServiceSettings(task_management_url="http://localhost:9", build_timeout=0.2)
+    with serve(create_service(settings)) as url:
+        response = send(request_of(), url)
+    assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR
+    assert "more than 0.2 seconds" in response.error_info.error_message
+
+
+def test_the_service_process_never_loads_tensorflow():
+    code = (
+        "import sys, fedcompute.builder.service, fedcompute.builder.client\n"
+        "assert not {'tensorflow', 'keras', 'dp_accounting'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,80 @@
+from concurrent.futures import Future
+
+import pytest
+
+from fedcompute.errors import OperationFailed, Reason
+from fedcompute.server.rounds.jobs import Jobs
+from fedcompute.storage.keys import BatchKey, IterationKey
+
+KEY = IterationKey("p", 1, 1)
+
+
+class ByHand:
+    """An executor whose jobs end when the test says so; timing is what these tests are about."""
+
+    def __init__(self):
+        self.futures = []
+
+    def submit(self, job, argument):
+        self.futures.append(Future())
+        return self.futures[-1]
+
+    def warm_up(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def executor():
+    return ByHand()
+
+
+@pytest.fixture
+def jobs(executor):
+    return Jobs(executor, attempts=3, on_done=lambda: None)
+
+
+def poll(jobs, key=KEY):
+    return jobs.poll(key, print, lambda: None)
+
+
+def test_a_job_runs_once_until_its_outcome_is_recorded(jobs, executor):
+    assert poll(jobs) is None
+    assert poll(jobs) is None
+    assert len(executor.futures) == 1
+    executor.futures[0].set_result(7)
+    assert poll(jobs).result == 7
+    assert poll(jobs).result == 7
+    jobs.forget(KEY)
+    assert poll(jobs) is None
+    assert len(executor.futures) == 2
+
+
+def test_a_failing_job_runs_again_and_then_gives_its_typed_error(jobs, executor, monkeypatch):
+    moment = 0.0
+    monkeypatch.setattr("fedcompute.server.rounds.jobs.time.monotonic", lambda: moment)
+    error = OperationFailed(Reason.STORAGE_FAILED, "the disk is full")
+    for attempt in range(3):
+        assert poll(jobs) is None
+        assert len(executor.futures) == attempt + 1
+        executor.futures[-1].set_exception(error)
+        outcome = poll(jobs)
+        moment += 10
+    assert outcome.error is error
+    assert poll(jobs).error is error
+
+
+def test_jobs_of_rounds_that_are_over_are_forgotten(jobs, executor):
+    batch = BatchKey(KEY, "b")
+    poll(jobs)
+    poll(jobs, batch)
+    jobs.retain({KEY})
+    poll(jobs)
+    poll(jobs, batch)
+    assert len(executor.futures) == 2
+    jobs.retain(set())
+    poll(jobs)
+    poll(jobs, batch)
+    assert len(executor.futures) == 4
