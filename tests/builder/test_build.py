@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from fedcompute.builder.build import build_task_group
@@ -7,7 +8,7 @@ from fedcompute.builder.op_check import flex_ops, supported_ops
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, Reason
 from fedcompute.learning.plans import read_plan
 from fedcompute.protos import plan_pb2, task_builder_pb2
-from fedcompute.tensors.checkpoint import read_checkpoint
+from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 
 Flags = task_builder_pb2.ExperimentFlags
 
@@ -55,6 +56,40 @@ def test_the_reference_model_gives_plans_of_the_reference_form(
     assert client.phase == theirs_client.phase
     assert client.tflite_graph == ours.client_tflite_graph_bytes
     assert (client.graph, ours.client_graph_bytes.value) == (b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "client_name", "model_leaf"),
+    [
+        ("training", "client_only_plan.pb", "client/0/trainable/{}"),
+        ("evaluation", "eval_client_only_plan.pb", "client/0/0/{}"),
+    ],
+)
+def test_our_plan_and_the_reference_plan_compute_the_same_update(
+    reference, reference_group, example, kind, client_name, model_leaf
+):
+    from fedcompute.device.plan_runner import PlanRunner
+
+    state = read_checkpoint(reference_group.training.checkpoint)
+    received = {model_leaf.format(i): state[f"server/global_model_weights/trainable/{i}"] for i in range(4)}
+    if kind == "training":
+        received["client/1"] = np.array(0.1, np.float32)
+    rng = np.random.default_rng(0)
+    examples = [example(x=rng.random(784), y=rng.integers(0, 2, 1)) for _ in range(50)]
+    plans = (getattr(reference_group, kind).client_plan, (reference / "output" / client_name).read_bytes())
+    runner = PlanRunner()
+    try:
+        ours, theirs = (
+            read_checkpoint(
+                runner.run(plan_pb2.ClientOnlyPlan.FromString(plan), write_checkpoint(received), examples).update
+            )
+            for plan in plans
+        )
+    finally:
+        runner.close()
+    assert list(ours) == list(theirs)
+    for name, leaf in theirs.items():
+        np.testing.assert_allclose(ours[name], leaf, atol=1e-6, err_msg=name)
 
 
 def test_every_flex_op_of_the_reference_model_is_on_the_list(reference_group):

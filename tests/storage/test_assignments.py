@@ -11,7 +11,11 @@ from fedcompute.storage.assignments import (
     Assigned,
     Declined,
     DeclineKind,
+    cancel_late,
+    cancel_unused,
     count_assignments,
+    count_by_iteration,
+    count_rejections,
     find_assignment,
     forget_idempotency,
     get_assignment,
@@ -24,6 +28,7 @@ from fedcompute.storage.assignments import (
     time_out_uploading,
     unbatched,
 )
+from fedcompute.storage.batches import create_batch
 from fedcompute.storage.iterations import move_iteration
 from fedcompute.storage.keys import AssignmentKey, IterationKey, TaskKey
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus
@@ -270,3 +275,42 @@ def test_the_capacity_count_reads_an_index(database):
     with database.read() as tx:
         plan = " ".join(row.detail for row in tx.exec_driver_sql(query))
     assert "COVERING INDEX ix_assignment_iteration_status" in plan
+
+
+def test_a_late_device_is_canceled_once_and_only_while_it_is_open(database, collecting, check_in, uploaded, now):
+    key = collecting()
+    (collected,) = uploaded(key, 1)
+    late = check_in().assignment
+    with database.write() as tx:
+        assert cancel_late(tx, late.key, now)
+        assert not cancel_late(tx, late.key, now)
+        assert not cancel_late(tx, AssignmentKey(key, collected), now)
+        assert not report_completed(tx, late.key, now)
+
+
+def test_a_completed_round_cancels_uploads_that_it_did_not_use(database, collecting, check_in, uploaded, now):
+    key = collecting()
+    used, _spare = uploaded(key, 2)
+    reported, _computing = check_in().assignment, check_in().assignment
+    with database.write() as tx:
+        assert create_batch(tx, key, [used], now)
+        assert report_completed(tx, reported.key, now)
+        assert cancel_unused(tx, key, now) == 2
+        assert count_by_iteration(tx, key.task) == {
+            key: {
+                AssignmentStatus.ASSIGNED: 1,
+                AssignmentStatus.UPLOAD_COMPLETED: 1,
+                AssignmentStatus.CANCELED: 2,
+            }
+        }
+
+
+def test_rejections_are_counted_by_reason(database, collecting, uploaded, now):
+    key = collecting()
+    sessions = uploaded(key, 3)
+    with database.write() as tx:
+        create_batch(tx, key, sessions, now)
+        for session_id in sessions[:2]:
+            assert reject_contribution(tx, AssignmentKey(key, session_id), Reason.NOT_FINITE, now)
+        assert count_rejections(tx, key.task) == {"not_finite": 2}
+        assert count_rejections(tx, TaskKey("other", 1)) == {}

@@ -46,6 +46,8 @@ def prepare_worker() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    # TensorFlow greets every process with a page of hints unless told otherwise before it loads.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import fedcompute.builder.build  # noqa: F401
 
 

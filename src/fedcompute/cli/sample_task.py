@@ -3,6 +3,8 @@
 The jobs run in a worker process, so the process that serves never loads TensorFlow.
 """
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,11 @@ class SampleTask:
     @property
     def config(self) -> Path:
         return self.directory / "task_config.pbtxt"
+
+    @property
+    def log(self) -> Path:
+        """What TensorFlow and the builder have to say."""
+        return self.directory / "build.log"
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ differential_privacy {{
 
 def build_sample(task: SampleTask) -> BuiltSample:
     """Saves the untrained model and its configuration, builds both tasks and judges the untrained model."""
+    _log_to(task.log)
     from fedcompute.builder.artifacts import BuiltTask
     from fedcompute.builder.build import build_task_group
     from fedcompute.builder.config import read_config
@@ -136,7 +144,6 @@ def build_sample(task: SampleTask) -> BuiltSample:
     functional = functional_model_from_keras(
         keras_model=keras_model, loss_fn=sample.loss_fn(), input_spec=sample.input_spec()
     )
-    task.directory.mkdir(parents=True, exist_ok=True)
     save_functional_model(functional, task.saved_model)
     text = config_text(task)
     task.config.write_text(text)
@@ -200,3 +207,10 @@ def _judge(keras_model: Any, loss_fn: Any, x: Any, y: Any) -> tuple[float, float
     labels = np.reshape(y, -1)
     accuracy = float(np.mean(np.argmax(np.asarray(scores), axis=-1) == labels))
     return accuracy, float(loss_fn(labels.reshape(-1, 1), scores))
+
+
+def _log_to(file: Path) -> None:
+    """Sends this worker process's standard error to a file; TensorFlow writes there before it can be told not to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())

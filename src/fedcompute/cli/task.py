@@ -1,0 +1,144 @@
+"""`fedcompute task`: the tasks of a server, as an operator handles them."""
+
+import json
+import time
+from typing import Annotated, Any
+
+import typer
+
+from fedcompute.cli import options
+from fedcompute.cli.task_build import build
+from fedcompute.errors import OperationFailed, Reason, RequestRejected
+from fedcompute.monitoring.operator_api import OperatorApi
+
+_OVER = {"COMPLETED", "CANCELED", "FAILED"}
+# A server that restarts is away for a moment; a watcher waits that long.
+_PATIENCE_SECONDS = 30.0
+
+app = typer.Typer(no_args_is_help=True, help="Build, list, show, watch and cancel tasks.")
+
+app.command(
+    "build",
+    epilog="Example: fedcompute task build --model saved_model --config task_config.pbtxt --server http://localhost:8080",
+)(build)
+
+
+@app.command("list", epilog="Example: fedcompute task list --population my_population")
+def list_(
+    server: options.Server = options.DEFAULT_SERVER,
+    population: Annotated[str | None, typer.Option(help="Only tasks of this population.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List the server's tasks, each with its newest round."""
+    tasks = OperatorApi(server).tasks(population)
+    if as_json:
+        typer.echo(json.dumps(tasks))
+        return
+    if not tasks:
+        typer.echo("no tasks; create some with `fedcompute task build`")
+        return
+    from rich.console import Console
+
+    from fedcompute.cli.task_view import task_table
+
+    Console().print(task_table(tasks))
+
+
+@app.command(epilog="Example: fedcompute task show --population my_population --task-id 1")
+def show(
+    population: options.Population,
+    task_id: options.TaskId = 1,
+    server: options.Server = options.DEFAULT_SERVER,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show one task: its rounds, its newest metrics, why uploads were rejected, what it released."""
+    view = OperatorApi(server).task(population, task_id)
+    if as_json:
+        typer.echo(json.dumps(view))
+        return
+    from rich.console import Console
+
+    from fedcompute.cli.task_view import task_view
+
+    Console().print(task_view(view))
+
+
+@app.command(epilog="Example: fedcompute task watch --population my_population --task-id 1")
+def watch(
+    population: options.Population,
+    task_id: options.TaskId = 1,
+    server: options.Server = options.DEFAULT_SERVER,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per change.")] = False,
+) -> None:
+    """Watch a task until it ends; exit code 0 if it completed, 1 if it was canceled or failed."""
+    api = OperatorApi(server)
+    view = _watch_json(api, population, task_id, interval) if as_json else _watch(api, population, task_id, interval)
+    status = view["task"]["status"]
+    if status != "COMPLETED":
+        failure = view.get("failure") or {}
+        raise OperationFailed(
+            Reason.TASK_ENDED,
+            f"task {population}/{task_id} is {status}" + (f": {failure['message']}" if "message" in failure else ""),
+            remedy=failure.get("remedy"),
+        )
+
+
+@app.command(epilog="Example: fedcompute task cancel --population my_population --task-id 1")
+def cancel(
+    population: options.Population,
+    task_id: options.TaskId,
+    server: options.Server = options.DEFAULT_SERVER,
+    as_json: options.AsJson = False,
+) -> None:
+    """Cancel a task and its round in progress; released checkpoints and metrics stay."""
+    status = OperatorApi(server).cancel(population, task_id)
+    if status != "CANCELED":
+        raise RequestRejected(
+            Reason.TASK_CONFLICT,
+            f"task {population}/{task_id} is {status} and stays so",
+            remedy="nothing to do; only a task that is not over can be canceled",
+        )
+    if as_json:
+        typer.echo(json.dumps({"population": population, "task_id": task_id, "status": status}))
+    else:
+        typer.echo(f"task {population}/{task_id} is canceled")
+
+
+def _watch(api: OperatorApi, population: str, task_id: int, interval: float) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.live import Live
+
+    from fedcompute.cli.task_view import task_view
+
+    view = api.task(population, task_id)
+    with Live(task_view(view), console=Console(), refresh_per_second=4) as live:
+        while view["task"]["status"] not in _OVER:
+            time.sleep(interval)
+            view = _patiently(api, population, task_id)
+            live.update(task_view(view))
+    return view
+
+
+def _watch_json(api: OperatorApi, population: str, task_id: int, interval: float) -> dict[str, Any]:
+    from fedcompute.cli.task_view import summary
+
+    view = api.task(population, task_id)
+    typer.echo(json.dumps(last := summary(view)))
+    while view["task"]["status"] not in _OVER:
+        time.sleep(interval)
+        view = _patiently(api, population, task_id)
+        if (present := summary(view)) != last:
+            typer.echo(json.dumps(last := present))
+    return view
+
+
+def _patiently(api: OperatorApi, population: str, task_id: int) -> dict[str, Any]:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return api.task(population, task_id)
+        except OperationFailed as error:
+            if error.reason is not Reason.SERVER_UNREACHABLE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

@@ -1,0 +1,124 @@
+"""A task on a terminal: what the operator API says, as tables."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_SHOWN_ROUNDS = 12
+_COLOURS = {"OPEN": "green", "COMPLETED": "blue", "FAILED": "red", "CANCELED": "yellow", "PAUSED": "yellow"}
+
+
+def task_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per task."""
+    table = _table("population", "task", "kind", "status", "round", "report goal", "traffic", "created")
+    for task in tasks:
+        newest = task.get("newest_iteration")
+        table.add_row(
+            str(task["population"]),
+            str(task["task_id"]),
+            str(task["kind"]).lower(),
+            _status(task["status"]),
+            f"{newest['iteration_id'] if newest else 0} of {task['total_iteration']}",
+            str(task["min_aggregation_size"]),
+            str(task["traffic_weight"]),
+            _time(task["created"]),
+        )
+    return table
+
+
+def task_view(view: Mapping[str, Any]) -> RenderableType:
+    """One task: a head line, its latest rounds with their metrics, and what went wrong."""
+    task = view["task"]
+    done = sum(1 for one in view["iterations"] if one["completed"])
+    head = Text.assemble(
+        (f"{task['population']}/{task['task_id']}", "bold"),
+        f"  {str(task['kind']).lower()}  ",
+        _status(task["status"]),
+        f"  {done} of {task['total_iteration']} rounds  report goal {task['min_aggregation_size']}"
+        f"  at most {task['max_aggregation_size']} assigned",
+    )
+    parts: list[RenderableType] = [head, _rounds(view)]
+    if view["assignments"]:
+        parts.append(_counts("devices", view["assignments"]))
+    if view["rejections"]:
+        parts.append(_counts("rejected", view["rejections"]))
+    if view["ledger"]:
+        parts.append(Text(f"privacy: {len(view['ledger'])} releases; see `fedcompute privacy report`", style="dim"))
+    if failure := view.get("failure"):
+        parts.append(Text(f"failed: {failure.get('message', '')}  {failure.get('remedy', '')}", style="red"))
+    return Group(*parts)
+
+
+def summary(view: Mapping[str, Any]) -> dict[str, Any]:
+    """What a program that watches wants to know of a moment."""
+    newest = view["iterations"][-1] if view["iterations"] else None
+    done = [one["iteration_id"] for one in view["iterations"] if one["completed"]]
+    return {
+        "status": view["task"]["status"],
+        "completed_rounds": len(done),
+        "total_rounds": view["task"]["total_iteration"],
+        "round": newest["iteration_id"] if newest else 0,
+        "round_status": newest["status"] if newest else None,
+        "assignments": newest["assignments"] if newest else {},
+        "metrics": _metrics(view).get(max(done), {}) if done else {},
+    }
+
+
+def _rounds(view: Mapping[str, Any]) -> Table:
+    metrics = _metrics(view)
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    evaluates = any(one["evaluated_iteration_id"] for one in view["iterations"])
+    table = _table(
+        "round", *(["of round"] if evaluates else []), "status", "devices", *(n.rpartition("/")[2] for n in names), "seconds"
+    )
+    for one in view["iterations"][-_SHOWN_ROUNDS:]:
+        values = metrics.get(one["iteration_id"], {})
+        table.add_row(
+            str(one["iteration_id"]),
+            *([str(one["evaluated_iteration_id"] or "")] if evaluates else []),
+            _status(one["status"]),
+            f"{one['assignments'].get('UPLOAD_COMPLETED', 0)} of {one['report_goal']}",
+            *(_number(values.get(name)) for name in names),
+            _seconds(one),
+        )
+    return table
+
+
+def _metrics(view: Mapping[str, Any]) -> dict[int, dict[str, float | None]]:
+    found: dict[int, dict[str, float | None]] = {}
+    for row in view["metrics"]:
+        found.setdefault(row["iteration_id"], {})[row["name"]] = row["value"]
+    return found
+
+
+def _counts(title: str, counts: Mapping[str, int]) -> Text:
+    return Text(f"{title}: " + "  ".join(f"{name.lower().replace('_', ' ')} {count}" for name, count in counts.items()))
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name)
+    return table
+
+
+def _status(status: str) -> Text:
+    return Text(status.lower().replace("_", " "), style=_COLOURS.get(status, ""))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _seconds(one: Mapping[str, Any]) -> str:
+    if not one["completed"]:
+        return ""
+    return f"{(datetime.fromisoformat(one['completed']) - datetime.fromisoformat(one['opened'])).total_seconds():.1f}"
+
+
+def _time(text: str) -> str:
+    return f"{datetime.fromisoformat(text).astimezone():%Y-%m-%d %H:%M}"
