@@ -84,7 +84,12 @@ def config_text(task: SampleTask) -> str:
 
     model = SAMPLE_MODELS[task.model]
     metrics = "\n".join(f'    metrics {{ name: "{name}" }}' for name in model.metrics)
-    noise = f"noise_multiplier: {task.noise_multiplier:g} " if task.noise_multiplier > 0 else ""
+    # Unset would be calibrated, which takes a while and serves nothing where no noise is added.
+    noise = (
+        f"noise_multiplier: {task.noise_multiplier:g}"
+        if task.noise_multiplier > 0
+        else "noise_multiplier: 1  # not applied: built with skip_dp_aggregator"
+    )
     return f"""\
 # Built by `fedcompute quickstart`; change it and build again with `fedcompute task build`.
 mode: TRAINING_AND_EVAL
@@ -119,7 +124,8 @@ federated_learning {{
 }}
 differential_privacy {{
   type: FIXED_GAUSSIAN
-  {noise}clip_norm: {model.clip_norm:g}
+  {noise}
+  clip_norm: {model.clip_norm:g}
   # Accounting samples from the devices that there are.
   estimated_population: {task.devices}
 }}
