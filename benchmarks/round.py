@@ -1,6 +1,6 @@
 """Seconds per round and per phase of the quickstart task, and contributions aggregated per second for large updates.
 
-    python benchmarks/round.py [--rounds 10] [--devices 40] [--updates 20]
+    python benchmarks/round.py [--rounds 10] [--devices 40] [--model digits-linear] [--updates 20]
 
 Prints two tables; asserts nothing about time. Phases of devices are means over contributions; phases of the server
 come from the status history of its rounds.
@@ -54,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--devices", type=int, default=40)
+    parser.add_argument("--model", default="digits-linear")
     parser.add_argument("--updates", type=int, default=20)
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -62,18 +63,18 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, NumPy {np.__version__}"
     )
     with tempfile.TemporaryDirectory() as directory:
-        console.print(rounds_table(Path(directory), arguments.devices, arguments.rounds))
+        console.print(rounds_table(Path(directory), arguments.model, arguments.devices, arguments.rounds))
     console.print(aggregation_table(arguments.updates))
 
 
-def rounds_table(root: Path, devices: int, rounds: int) -> Table:
+def rounds_table(root: Path, model: str, devices: int, rounds: int) -> Table:
     """Runs the quickstart's task and times its phases."""
     listener = listen(Settings.host, 0)
     port = listener.getsockname()[1]
     settings = Settings(data_dir=root, port=port, retry_no_task=SOON, retry_no_active_task=SOON, workers=1)
     workshop = ProcessExecutor(1)
     try:
-        task = SampleTask(root / "model", "digits-linear", "digits", devices, rounds, 0.5)
+        task = SampleTask(root / "model", model, "digits", devices, rounds, 0.5)
         sample = workshop.submit(build_sample, task).result()
     finally:
         workshop.close()
@@ -87,7 +88,7 @@ def rounds_table(root: Path, devices: int, rounds: int) -> Table:
                 time.sleep(0.2)
             progress = fleet.progress
     per_round = server_phases(settings, training)
-    table = Table("phase", "seconds", "of", title=f"quickstart task: {devices} devices, {rounds} rounds")
+    table = Table("phase", "seconds", "of", title=f"quickstart task, {model}: {devices} devices, {rounds} rounds")
     for name, phase in DEVICE_PHASES.items():
         table.add_row(
             name, f"{progress.seconds.get(phase, 0.0) / max(1, progress.contributions):.3f}", "contribution, mean"

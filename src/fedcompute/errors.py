@@ -21,6 +21,7 @@ class Reason(StrEnum):
     ASSIGNMENT_NOT_ACTIVE = "assignment_not_active"
     TASK_CONFLICT = "task_conflict"
     TASK_INVALID = "task_invalid"
+    TASK_ENDED = "task_ended"
     # Contributions
     UPLOAD_MISSING = "upload_missing"
     UPLOAD_TRUNCATED = "upload_truncated"
@@ -89,6 +90,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.NOT_FOUND: Entry(404, "check the names and ids in the URL"),
     Reason.ASSIGNMENT_NOT_ACTIVE: Entry(404, "check in again; this assignment is over"),
     Reason.TASK_CONFLICT: Entry(409, "finish or cancel the active task of this kind first"),
+    Reason.TASK_ENDED: Entry(409, "look at `fedcompute task show`, correct the cause, and build the task again"),
     Reason.TASK_INVALID: Entry(400, "correct the task's fields and send it again"),
     Reason.UPLOAD_MISSING: Entry(404, "the device reported success and uploaded nothing; nothing to do"),
     Reason.UPLOAD_TRUNCATED: Entry(400, "the device uploads again in a later round"),

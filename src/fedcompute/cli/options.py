@@ -1,6 +1,5 @@
 """Options that several commands share, so that they are named and explained alike."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -11,12 +10,3 @@ Server = Annotated[str, typer.Option("--server", help="Base URL of the server.",
 Population = Annotated[str, typer.Option("--population", help="Population of the task.")]
 TaskId = Annotated[int, typer.Option("--task-id", min=1, help="Id of the task within its population.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
-
-
-def quiet_tensorflow() -> None:
-    """Keeps TensorFlow, which reads these when it is loaded, off the accelerator and off the terminal.
-
-    What the environment says already stays as it is.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")

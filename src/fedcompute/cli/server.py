@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompute import __version__
+from fedcompute.cli.quiet import quiet_http_client
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.settings import RetryWindow, Settings
 
@@ -109,7 +110,9 @@ def server(
     ] = Settings.max_checkpoint_bytes,
     allow_plaintext_uploads: Annotated[
         bool,
-        typer.Option("--allow-plaintext-uploads", help="Count updates that are not encrypted.", rich_help_panel=_LIMITS),
+        typer.Option(
+            "--allow-plaintext-uploads", help="Count updates that are not encrypted.", rich_help_panel=_LIMITS
+        ),
     ] = Settings.allow_plaintext_uploads,
     key_rotation: Annotated[
         float, typer.Option(help="Seconds after which a new encryption key is made.", rich_help_panel=_LIMITS)
@@ -148,7 +151,9 @@ def server(
     listener = listen(host, port)
     settings = replace(settings, port=listener.getsockname()[1])
 
-    serve(settings, listener, _announcement(settings, as_json=as_json))
+    import fedcompute.app
+
+    serve(fedcompute.app.server(settings), listener, _announcement(settings, as_json=as_json))
 
 
 def read_window(option: str, text: str) -> RetryWindow:
@@ -171,6 +176,7 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    quiet_http_client()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -189,14 +195,11 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(settings: Settings, listener: socket.socket, announcement: str) -> None:
+def serve(running: "uvicorn.Server", listener: socket.socket, announcement: str) -> None:
     """Serves on a bound socket until Ctrl-C or SIGTERM; prints the announcement once requests are answered.
 
     Raises the typed error that kept the application from starting, or OperationFailed(INTERNAL) for another cause.
     """
-    import fedcompute.app
-
-    running = fedcompute.app.server(settings)
     failures = _keep_start_failure(running.config.app)
     # The web server's own account of a failed start is a traceback; the typed error says it better.
     logging.getLogger("uvicorn.error").addFilter(lambda _: not failures)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import ArtifactInvalid, BuildFailed, FedComputeError, Reason
 
 _ZIP = ".zip"
@@ -81,13 +82,14 @@ def _check_model(model: Path) -> None:
     if not model.exists():
         raise ArtifactInvalid(Reason.SAVED_MODEL_INVALID, f"there is no saved model at {model}")
     if model.is_file() and model.suffix.lower() != _ZIP:
-        raise ArtifactInvalid(Reason.SAVED_MODEL_INVALID, f"{model} is neither a SavedModel directory nor a zip archive")
+        raise ArtifactInvalid(
+            Reason.SAVED_MODEL_INVALID, f"{model} is neither a SavedModel directory nor a zip archive"
+        )
 
 
 def _built(job: _Job) -> Any:
     from fedcompute.server.executors import ProcessExecutor
 
-    options.quiet_tensorflow()
     workshop = ProcessExecutor(1)
     try:
         future = workshop.submit(_build_job, job)
@@ -107,19 +109,24 @@ def _built(job: _Job) -> Any:
 
 
 def _build_job(job: _Job) -> Any:
+    with quiet_tensorflow():
+        try:
+            return _build_group(job)
+        except FedComputeError as error:
+            return _Refused(error.reason, error.detail, error.remedy)
+
+
+def _build_group(job: _Job) -> Any:
     from fedcompute.builder.archive import MAX_ARCHIVE_BYTES, unpack
     from fedcompute.builder.build import build_task_group
     from fedcompute.protos import task_builder_pb2
 
     config = task_builder_pb2.TaskConfig.FromString(job.config)
     flags = task_builder_pb2.ExperimentFlags.FromString(job.flags)
-    try:
-        if not job.model.is_file():
-            return build_task_group(job.model, config, flags)
-        with tempfile.TemporaryDirectory(prefix="fedcompute-build-") as scratch, job.model.open("rb") as archive:
-            return build_task_group(unpack(archive.read(MAX_ARCHIVE_BYTES + 1), Path(scratch)), config, flags)
-    except FedComputeError as error:
-        return _Refused(error.reason, error.detail, error.remedy)
+    if not job.model.is_file():
+        return build_task_group(job.model, config, flags)
+    with tempfile.TemporaryDirectory(prefix="fedcompute-build-") as scratch, job.model.open("rb") as archive:
+        return build_task_group(unpack(archive.read(MAX_ARCHIVE_BYTES + 1), Path(scratch)), config, flags)
 
 
 def _status(text: str, *, quiet: bool) -> Any:

@@ -14,7 +14,7 @@ _COLOURS = {"OPEN": "green", "COMPLETED": "blue", "FAILED": "red", "CANCELED": "
 
 def task_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
     """One line per task."""
-    table = _table("population", "task", "kind", "status", "round", "report goal", "traffic", "created")
+    table = _table("population", "task", "kind", "status", "round", "goal", "traffic", "created")
     for task in tasks:
         newest = task.get("newest_iteration")
         table.add_row(
@@ -73,7 +73,12 @@ def _rounds(view: Mapping[str, Any]) -> Table:
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     evaluates = any(one["evaluated_iteration_id"] for one in view["iterations"])
     table = _table(
-        "round", *(["of round"] if evaluates else []), "status", "devices", *(n.rpartition("/")[2] for n in names), "seconds"
+        "round",
+        *(["of round"] if evaluates else []),
+        "status",
+        "devices",
+        *(n.rpartition("/")[2] for n in names),
+        "seconds",
     )
     for one in view["iterations"][-_SHOWN_ROUNDS:]:
         values = metrics.get(one["iteration_id"], {})
@@ -102,7 +107,7 @@ def _counts(title: str, counts: Mapping[str, int]) -> Text:
 def _table(*names: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     return table
 
 

@@ -8,7 +8,6 @@ from urllib.parse import quote
 from fedcompute.errors import CATALOGUE, OperationFailed, Reason
 from fedcompute.protos import task_pb2
 
-DEFAULT_URL = "http://localhost:8080"
 _DOCUMENT_LIMIT = 256 << 20
 _ARTIFACT_LIMIT = 1 << 30
 _TIMEOUT = 30.0

@@ -188,7 +188,7 @@ def reject_contribution(tx: Transaction, key: AssignmentKey, reason: Reason, now
 
 
 def cancel_late(tx: Transaction, key: AssignmentKey, now: datetime) -> bool:
-    """ASSIGNED or LOCAL_COMPLETED -> CANCELED, for a device that finished after its round had closed; False otherwise."""
+    """ASSIGNED or LOCAL_COMPLETED -> CANCELED, for a device that finished after its round closed; else False."""
     open_statuses = (AssignmentStatus.ASSIGNED, AssignmentStatus.LOCAL_COMPLETED)
     return any(_move_one(tx, key, old, AssignmentStatus.CANCELED, now) for old in open_statuses)
 

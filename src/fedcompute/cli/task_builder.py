@@ -1,0 +1,105 @@
+"""The `task_builder` program: the task builder as an HTTP service."""
+
+import os
+from pathlib import Path
+
+from absl import flags
+
+from fedcompute.cli.flags import run
+from fedcompute.cli.server import listen, serve
+from fedcompute.errors import OperationFailed, Reason
+
+USAGE = """
+Builds federated learning tasks over HTTP and registers them with a federated compute server.
+
+Example: TASK_MANAGEMENT_SERVER_URL=http://localhost:8080 task_builder --port=5000
+"""
+DEFAULT_TASK_MANAGEMENT_URL = "http://localhost:8080"
+_OPS_TABLE_LIMIT = 1 << 20
+_SKIP_FLAGS = ("skip_flex_ops_check", "skip_dp_check", "skip_dp_aggregator")
+
+
+def main() -> None:
+    """Entry point of the `task_builder` program."""
+    run(_serve, _define, USAGE)
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for every network.", flag_values=values)
+    flags.DEFINE_integer("port", 5000, "Port to listen on; 0 for any free one.", 0, 65535, flag_values=values)
+    flags.DEFINE_string(
+        "task_management_server",
+        None,
+        "URL of the server that gets the tasks; the environment's TASK_MANAGEMENT_SERVER_URL by default, "
+        f"else {DEFAULT_TASK_MANAGEMENT_URL}.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "total_population",
+        1_000_000,
+        "Devices that accounting samples from, where the configuration sets no estimated_population.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "support_ops", None, "File of `version,op` lines: the ops that devices have.", flag_values=values
+    )
+    flags.DEFINE_string("storage_root", None, "Directory that artifact-only builds may write to.", flag_values=values)
+    flags.DEFINE_boolean(
+        "allow_local_models", True, "Let requests name a model by a path on this machine.", flag_values=values
+    )
+    for name in _SKIP_FLAGS:
+        flags.DEFINE_boolean(f"allow_{name}", True, f"Let requests set {name}.", flag_values=values)
+
+
+def _serve(values: flags.FlagValues) -> int:
+    import uvicorn
+
+    from fedcompute.builder.service import ServiceSettings, create_service
+
+    # Read by TensorFlow when the build process loads it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+    tasks_url = (
+        values["task_management_server"].value
+        or os.environ.get("TASK_MANAGEMENT_SERVER_URL")
+        or DEFAULT_TASK_MANAGEMENT_URL
+    )
+    if not tasks_url.startswith(("http://", "https://")):
+        raise OperationFailed(
+            Reason.URL_NOT_ALLOWED, f"{tasks_url!r} is no server URL", remedy="write it as http://host:port"
+        )
+    root = values["storage_root"].value
+    settings = ServiceSettings(
+        task_management_url=tasks_url,
+        default_population=values["total_population"].value,
+        storage_root=Path(root) if root else None,
+        allow_local_models=values["allow_local_models"].value,
+        forbidden_flags=frozenset(name for name in _SKIP_FLAGS if not values[f"allow_{name}"].value),
+        op_table=_read_ops(values["support_ops"].value),
+    )
+    listener = listen(values["host"].value, values["port"].value)
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(
+        create_service(settings), http="h11", log_config=None, access_log=False, server_header=False, lifespan="on"
+    )
+    serve(
+        uvicorn.Server(config),
+        listener,
+        f"task builder listening on http://{host}:{port}\n  tasks go to     {tasks_url}\n  stop with       Ctrl-C",
+    )
+    return 0
+
+
+def _read_ops(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with Path(path).open("rb") as file:
+        data = file.read(_OPS_TABLE_LIMIT + 1)
+    if len(data) > _OPS_TABLE_LIMIT:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            f"--support_ops: {path} has over {_OPS_TABLE_LIMIT} bytes",
+            remedy="give the op table",
+        )
+    return data.decode(errors="replace")

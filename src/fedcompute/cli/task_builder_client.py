@@ -1,0 +1,127 @@
+"""The `task_builder_client` program, with the flags of the published tutorial (spec/task-builder.md 8.2 to 8.4)."""
+
+import os
+from urllib.parse import urlsplit
+
+from absl import flags, logging
+
+from fedcompute.cli.flags import run
+from fedcompute.errors import BuildFailed, Reason
+from fedcompute.protos import task_pb2
+
+USAGE = """
+Sends a model and a task configuration to a task builder and prints what it made of them.
+
+Example: task_builder_client --task_builder_server=http://localhost:5000 --saved_model=saved_model \\
+             --task_config=fcp_server_config.json
+"""
+_TOKEN_LIMIT = 1 << 16
+_URL_FIELDS = ("client_only_plan_url", "server_phase_url", "init_checkpoint_url", "metrics_url")
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def main() -> None:
+    """Entry point of the `task_builder_client` program."""
+    run(_build, _define, USAGE)
+
+
+def _define(values: flags.FlagValues) -> None:
+    from fedcompute.builder.client import DEFAULT_SERVER
+
+    for name, default, text in (
+        ("saved_model", None, "FunctionalModel SavedModel: a local directory or zip archive, or a URI."),
+        ("task_config", None, "Task configuration: a local file or file:// URI; text format or JSON."),
+        ("task_builder_server", DEFAULT_SERVER, "Base URL of the task builder."),
+        ("population_name", None, "Replaces population_name of the configuration."),
+        ("api_key", None, "API key, sent as ?key=; replaces any token."),
+        ("impersonate_service_account", None, "Service account whose token is sent; not supported by this version."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, text in (
+        ("build_artifact_only", "Write artifacts where the configuration says; create no task."),
+        ("skip_flex_ops_check", "Accept operations that phones may lack."),
+        ("skip_dp_check", "Accept an epsilon above the target; it is reported all the same."),
+        ("skip_dp_aggregator", "Build without clipping and noise."),
+    ):
+        flags.DEFINE_boolean(name, False, text, flag_values=values)
+
+
+def _build(values: flags.FlagValues) -> int:
+    from fedcompute.builder.client import build_request, load_config, render, send
+    from fedcompute.protos import task_builder_pb2
+
+    for name in ("saved_model", "task_config"):
+        if not values[name].value:
+            raise ValueError(f"`--{name}` is required but not set.")
+    if values["impersonate_service_account"].value and not values["api_key"].value:
+        raise BuildFailed(
+            Reason.SETTINGS_INVALID,
+            "--impersonate_service_account is not supported by this version",
+            remedy="use --api_key, or run the client where a metadata server gives it a token",
+        )
+    logging.info("Creating build task request from command-line options.")
+    config = load_config(values["task_config"].value, population_name=values["population_name"].value or "")
+    experiment = task_builder_pb2.ExperimentFlags(
+        skip_flex_ops_check=values["skip_flex_ops_check"].value,
+        skip_dp_check=values["skip_dp_check"].value,
+        skip_dp_aggregator=values["skip_dp_aggregator"].value,
+    )
+    request = build_request(values["saved_model"].value, config, experiment)
+    server = values["task_builder_server"].value
+    artifact_only = values["build_artifact_only"].value
+    endpoint = f"{server.removesuffix('/')}/taskbuilder/v1:build-{'artifacts' if artifact_only else 'task-group'}"
+    api_key = values["api_key"].value or ""
+    response = send(
+        request,
+        server,
+        artifact_only=artifact_only,
+        api_key=api_key,
+        headers={} if api_key else _token_header(endpoint),
+    )
+    for task in (response.task_group.training_task, response.task_group.eval_task):
+        _drop_signatures(task)
+    rendered = render(response)
+    for record in rendered.records[:-1]:
+        logging.info("%s", record)
+    logging.log(logging.INFO if rendered.success else logging.ERROR, "%s", rendered.records[-1])
+    return 0 if rendered.success else 1
+
+
+def _token_header(endpoint: str) -> dict[str, str]:
+    """A bearer token of the machine's metadata server for `endpoint`; nothing where there is none, or none is needed.
+
+    Built for each request, so that no token reaches a server it was not made for.
+    """
+    import httpx
+
+    if urlsplit(endpoint).hostname in _LOCAL_HOSTS:
+        return {}
+    logging.info("Retrieving id token from metadata server.")
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    try:
+        with httpx.stream(
+            "GET",
+            f"http://{host}/computeMetadata/v1/instance/service-accounts/default/identity",
+            params={"audience": endpoint},
+            headers={"Metadata-Flavor": "Google"},
+            timeout=2.0,
+            trust_env=False,
+        ) as answer:
+            token = b""
+            for chunk in answer.iter_bytes():
+                token += chunk
+                if len(token) > _TOKEN_LIMIT:
+                    break
+    except httpx.HTTPError:
+        token = b""
+    if not token or len(token) > _TOKEN_LIMIT or not answer.is_success or not token.isascii():
+        logging.info("No metadata server gives a token; the request goes without one.")
+        return {}
+    return {"authorization": f"Bearer {token.decode().strip()}"}
+
+
+def _drop_signatures(task: task_pb2.Task) -> None:
+    # Whoever has a signed URL may write the artifact; a log outlives the minutes for which it is valid.
+    for field in _URL_FIELDS:
+        urls = getattr(task, field)
+        urls[:] = [url.partition("?")[0] for url in urls]
