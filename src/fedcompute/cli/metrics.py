@@ -9,6 +9,7 @@ import typer
 from fedcompute.cli import options
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.monitoring.frames import MetricSeries, load_metrics
+from fedcompute.monitoring.plots import metric_label
 
 app = typer.Typer(no_args_is_help=True, help="Plot a task's metrics, or print them as a table.")
 
@@ -125,8 +126,8 @@ def _by_round(found: dict[str, MetricSeries]) -> dict[int, dict[str, float | Non
 
 
 def _short(name: str, names: list[str]) -> str:
-    last = name.rpartition("/")[2]
-    return last if sum(other.rpartition("/")[2] == last for other in names) == 1 else name
+    label = metric_label(name)
+    return label if sum(metric_label(other) == label for other in names) == 1 else name
 
 
 def _cell(values: dict[str, float | None], name: str) -> str:

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from fedcompute.cli.progress import DeviceLine
 from fedcompute.cli.sample_task import (
-    MINIMUM_SEPARATION,
     POPULATION,
     BuiltSample,
     Judged,
@@ -311,7 +310,7 @@ def _print_privacy(console: Console, ledger: list[dict[str, Any]], task: SampleT
         report_goal=int(ledger[0]["report_goal"]),
         population=task.devices,
         delta=task.dp_delta,
-        minimum_separation=MINIMUM_SEPARATION,
+        minimum_separation=task.minimum_separation,
     )
     spent = "infinite" if math.isinf(report.epsilon) else f"{report.epsilon:.2f}"
     console.print(

@@ -15,7 +15,6 @@ POPULATION = "quickstart"
 REPORT_GOAL = 10
 EVALUATION_REPORT_GOAL = 8
 EVALUATION_TRAFFIC = 0.25
-MINIMUM_SEPARATION = 2
 TARGET_EPSILON = 10.0
 
 
@@ -35,6 +34,11 @@ class SampleTask:
     def dp_delta(self) -> float:
         """At most one in the number of devices, and never above a thousandth."""
         return min(1e-3, 1.0 / self.devices)
+
+    @property
+    def minimum_separation(self) -> int:
+        """Rounds between two contributions of a device, such that enough others are left for the rounds between."""
+        return 2 if self.devices >= 4 * REPORT_GOAL else 1
 
     @property
     def saved_model(self) -> Path:
@@ -96,7 +100,7 @@ mode: TRAINING_AND_EVAL
 population_name: "{POPULATION}"
 policies {{
   # A device takes part at most once in this many rounds.
-  min_separation_policy {{ minimum_separation: {MINIMUM_SEPARATION} }}
+  min_separation_policy {{ minimum_separation: {task.minimum_separation} }}
   data_availability_policy {{ min_example_count: 1 }}
   model_release_policy {{
     num_max_training_rounds: {task.rounds}

@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedcompute.monitoring.plots import metric_label
+
 _SHOWN_ROUNDS = 12
 _COLOURS = {"OPEN": "green", "COMPLETED": "blue", "FAILED": "red", "CANCELED": "yellow", "PAUSED": "yellow"}
 
@@ -77,8 +79,9 @@ def _rounds(view: Mapping[str, Any]) -> Table:
         *(["of round"] if evaluates else []),
         "status",
         "devices",
-        *(n.rpartition("/")[2] for n in names),
+        *map(metric_label, names),
         "seconds",
+        wrap=True,
     )
     for one in view["iterations"][-_SHOWN_ROUNDS:]:
         values = metrics.get(one["iteration_id"], {})
@@ -104,10 +107,10 @@ def _counts(title: str, counts: Mapping[str, int]) -> Text:
     return Text(f"{title}: " + "  ".join(f"{name.lower().replace('_', ' ')} {count}" for name, count in counts.items()))
 
 
-def _table(*names: str) -> Table:
+def _table(*names: str, wrap: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=not wrap)
     return table
 
 

@@ -147,7 +147,8 @@ def _stored_metrics(
 def _layouts(name: str) -> Iterator[str]:
     # The doubled key of the published page comes first, so that a round found twice is taken from its usual place.
     for folder in _FOLDERS:
-        yield f"{folder}/{MODEL if folder else name}"
+        if folder or _BUCKET_NAME.fullmatch(name):
+            yield f"{folder}/{MODEL if folder else name}"
     yield from _FOLDERS
 
 

@@ -23,6 +23,8 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLES = ("-", "--", ":", "-.")
 _TRAINING, _EVALUATION = _COLOURS[0], _COLOURS[1]
 _DPI = 150
+# With more rounds than this, points would hide the line.
+_MARKED_ROUNDS = 60
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,13 @@ def learning_curve(
     accuracy = next((name for name in _short_names(training, evaluation) if "accuracy" in name), "accuracy")
     for axes, metric in zip(figure.subplots(1, 2), (accuracy, _LOSS), strict=True):
         for metrics, prefix, label, colour in (
-            (training, _TRAIN_PREFIX, "training devices, on their own data", _TRAINING),
-            (evaluation, _EVAL_PREFIX, "evaluation devices, new model", _EVALUATION),
+            (training, _TRAIN_PREFIX, "training, while the round went on", _TRAINING),
+            (evaluation, _EVAL_PREFIX, "evaluation of the round's model", _EVALUATION),
         ):
             if series := metrics.get(prefix + metric):
-                _draw(axes, series, label, colour, "-")
-        _finish(axes, title=metric_label(metric).capitalize(), value=metric_label(metric))
+                # Evaluations come when they come; rounds without one are no loss of data.
+                _draw(axes, series, label, colour, "-", bridged=prefix == _EVAL_PREFIX)
+        _finish(axes, title=metric_label(metric).capitalize(), value="")
         if metric == accuracy:
             axes.set_ylim(0, 1)
         if axes.get_legend_handles_labels()[0]:
@@ -111,16 +114,23 @@ def _short_names(*groups: Mapping[str, MetricSeries]) -> list[str]:
     return [name.removeprefix(_TRAIN_PREFIX).removeprefix(_EVAL_PREFIX) for group in groups for name in group]
 
 
-def _draw(axes: "Axes", series: MetricSeries, label: str, colour: str, style: str) -> None:
+def _draw(axes: "Axes", series: MetricSeries, label: str, colour: str, style: str, *, bridged: bool = False) -> None:
+    """Draws one line; unless `bridged`, a round that the series lacks interrupts it, as a None always does."""
     known = dict(zip(series.rounds, series.values, strict=True))
-    # Every round from first to last, so that a missing one interrupts the line.
-    rounds = list(range(series.rounds[0], series.rounds[-1] + 1)) if series.rounds else []
+    every = range(series.rounds[0], series.rounds[-1] + 1) if series.rounds else range(0)
+    rounds = list(series.rounds if bridged else every)
     values = [math.nan if (value := known.get(number)) is None else value for number in rounds]
-    marker = "o" if len(rounds) <= 60 else _lonely(values)
     axes.plot(
-        rounds, values, color=colour, linestyle=style, linewidth=1.8, marker="o", markersize=4, label=label,
-        markevery=None if marker == "o" else marker,
-    )  # fmt: skip
+        rounds,
+        values,
+        color=colour,
+        linestyle=style,
+        linewidth=1.8,
+        marker="o",
+        markersize=4,
+        markevery=None if len(rounds) <= _MARKED_ROUNDS else _lonely(values),
+        label=label,
+    )
 
 
 def _lonely(values: Sequence[float]) -> list[int]:

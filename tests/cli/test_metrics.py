@@ -1,0 +1,53 @@
+"""`fedcompute metrics` on a tree of metrics files."""
+
+import json
+
+LOSS = "server.client_work.train.loss.png"
+
+
+def test_one_png_per_metric_is_written_and_named(fedcompute, metrics_tree, tmp_path):
+    out = tmp_path / "plots"
+    result = fedcompute("metrics", "plot", metrics_tree, "--population", "digits", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert result.output.replace("\n", "") == str(out / LOSS)
+    assert (out / LOSS).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_names_of_the_published_script_are_options(fedcompute, metrics_tree, tmp_path):
+    names = ["--population-name", "digits", "--gcs-bucket-name", metrics_tree, "--num-training-round", 1]
+    result = fedcompute("metrics", "plot", *names, "--out", tmp_path / "plots", "--json")
+    assert json.loads(result.output) == {"files": [str(tmp_path / "plots" / LOSS)]}
+
+
+def test_runs_of_unequal_length_are_compared_in_one_chart(fedcompute, metrics_tree, tmp_path):
+    compare = ["--compare", "noise 0.1=digits/1", "--compare", "noise 0.3=digits/2"]
+    assert fedcompute("metrics", "plot", metrics_tree, *compare, "--out", tmp_path / "two").exit_code == 0
+    assert fedcompute("metrics", "plot", metrics_tree, *compare[:2], "--out", tmp_path / "one").exit_code == 0
+    assert (tmp_path / "two" / LOSS).read_bytes() != (tmp_path / "one" / LOSS).read_bytes()
+
+
+def test_the_table_has_every_round_and_says_null(fedcompute, metrics_tree):
+    result = fedcompute("metrics", "table", metrics_tree, "--population", "digits")
+    assert [line.split() for line in result.output.splitlines()] == [
+        ["round", "loss"], ["1", "1"], ["2", "null"], ["4", "0.5"],
+    ]  # fmt: skip
+
+
+def test_the_table_is_json_on_request(fedcompute, metrics_tree):
+    result = fedcompute("metrics", "table", "--storage", metrics_tree, "--population", "digits", "--json")
+    rounds = json.loads(result.output)
+    assert [one["round"] for one in rounds] == [1, 2, 4]
+    assert rounds[1]["metrics"] == {"server/client_work/train/loss": None}
+
+
+def test_what_cannot_be_plotted_is_explained(fedcompute, metrics_tree):
+    for arguments, words in (
+        (["plot", metrics_tree], "no task to plot"),
+        (["plot", metrics_tree, "--compare", "digits/1"], "LABEL=POPULATION/TASK"),
+        (["plot", metrics_tree, "--population", "nobody"], "no metrics of population 'nobody'"),
+        (["plot", metrics_tree, "--storage", "/elsewhere", "--population", "digits"], "given twice"),
+        (["table", metrics_tree / "missing", "--population", "digits"], "no directory"),
+    ):
+        result = fedcompute("metrics", *arguments)
+        assert result.exit_code == 1
+        assert words in result.stderr.replace("\n", " ")
