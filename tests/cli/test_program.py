@@ -68,5 +68,3 @@ def test_the_lines_of_a_long_error_stay_one_block(capsys):
 
     show_error(OperationFailed(Reason.SETTINGS_INVALID, "first\nsecond"))
     assert capsys.readouterr().err.splitlines()[1] == "        second"
-
-

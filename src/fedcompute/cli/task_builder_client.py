@@ -78,8 +78,10 @@ def _build(values: flags.FlagValues) -> int:
         api_key=api_key,
         headers={} if api_key else _token_header(endpoint),
     )
-    for task in (response.task_group.training_task, response.task_group.eval_task):
-        _drop_signatures(task)
+    # Only where there are tasks: touching the group of a refusal would turn it into a success.
+    if response.HasField("task_group"):
+        for _, task in response.task_group.ListFields():
+            _drop_signatures(task)
     rendered = render(response)
     for record in rendered.records[:-1]:
         logging.info("%s", record)

@@ -1,0 +1,161 @@
+"""The two programs of the published tutorial."""
+
+import json
+import re
+import socket
+import threading
+import urllib.request
+
+import pytest
+
+CLIENT = "task_builder_client"
+LOG_LINE = re.compile(r"^I\d{4} \d{2}:\d{2}:\d{2}\.\d{6} +\d+ \w+\.py:\d+\] (.*)$", re.MULTILINE)
+
+
+@pytest.fixture
+def builder(start, server):
+    """The base URL of a task builder that registers with the module's server."""
+    process = start("task_builder", "--port=0", env={"TASK_MANAGEMENT_SERVER_URL": server.url})
+    url = process.stdout.readline().split()[-1]
+    assert server.url in process.stdout.readline()
+    return url
+
+
+def test_the_client_builds_both_tasks_and_prints_the_published_records(program, builder, model):
+    result = program(
+        CLIENT, f"--task_builder_server={builder}", f"--saved_model={model.saved}", f"--task_config={model.config}"
+    )
+    assert result.returncode == 0, result.stderr
+    messages = LOG_LINE.findall(result.stderr)
+    assert messages == [
+        "Creating build task request from command-line options.",
+        f"Loading task config from {model.config}...",
+        f"Send HTTP request to: {builder}/taskbuilder/v1:build-task-group",
+        "Success! Tasks are built, and artifacts are uploaded to the cloud.",
+        "applied_algorithms {",
+        "training_task {",
+    ]
+    assert 'accepted_metrics: "sparse_categorical_accuracy"' in result.stderr
+    assert 'min_client_version: "' in result.stderr.partition("eval_task {")[2]
+    assert "?" not in result.stderr, "a signed URL"
+
+
+def test_a_refused_config_prints_the_report_then_the_failure_and_exits_1(program, builder, model):
+    arguments = ["-saved_model", model.saved, "--task_config", model.config, "--population_name", "weak"]
+    weak = model.config.with_name("weak.pbtxt")
+    weak.write_text(model.config.read_text().replace("noise_multiplier: 5", "noise_multiplier: 0.1"))
+    arguments[3] = weak
+    result = program(CLIENT, "--task_builder_server", f"{builder}/", *arguments)
+    assert result.returncode == 1
+    report, failure = result.stderr.find("dp_hyperparameters {"), result.stderr.find("Failed to create task group.")
+    assert 0 <= report < failure
+    assert "Error type: 1; Error message: Task config is invalid: [Invalid task config]: " in result.stderr
+
+
+def test_the_builder_answers_its_health_routes(builder):
+    for route in ("/ready", "/healthz"):
+        with urllib.request.urlopen(builder + route, timeout=5) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("given", [[], ["--saved_model=x"]])
+def test_a_missing_flag_is_named_as_published(program, given):
+    result = program(CLIENT, *given)
+    name = "task_config" if given else "saved_model"
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"ValueError: `--{name}` is required but not set."
+
+
+def test_a_builder_that_is_not_there_is_named_without_the_key(program, model):
+    arguments = [f"--saved_model={model.saved}", f"--task_config={model.config}", "--api_key=SECRET"]
+    result = program(CLIENT, "--task_builder_server=http://localhost:1", *arguments)
+    assert result.returncode == 1
+    assert "Fail to connect: http://localhost:1/taskbuilder/v1:build-task-group" in result.stderr
+    assert "SECRET" not in result.stderr + result.stdout
+
+
+def test_a_config_that_is_not_there_is_the_published_sentence(program):
+    result = program(CLIENT, "--saved_model=x", "--task_config=missing.json")
+    assert result.returncode == 1
+    assert "Cannot load task config from missing.json." in result.stderr
+
+
+def test_flags_come_in_every_published_form(program, tmp_path):
+    # Every form is understood if the run gets as far as the missing file.
+    for flags in (
+        ["--build_artifact_only=true"],
+        ["-skip_dp_check=True"],
+        ["--skip_flex_ops_check"],
+        ["--noskip_dp_check"],
+    ):
+        result = program(CLIENT, "--saved_model", "x", "-task_config", "missing.json", *flags)
+        assert "Cannot load task config" in result.stderr
+    for wrong in (["--nosuch=1"], ["--skip_dp_check=maybe"], ["stray"]):
+        result = program(CLIENT, *wrong)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", [CLIENT, "task_builder"])
+def test_help_has_an_example_and_every_flag(program, name):
+    result = program(name, "--help")
+    assert result.returncode == 0
+    assert "Example: " in result.stdout
+    assert ("--impersonate_service_account" if name == CLIENT else "--total_population") in result.stdout
+
+
+def test_impersonation_is_refused_rather_than_ignored(program):
+    result = program(CLIENT, "--saved_model=x", "--task_config=y", "--impersonate_service_account=a@b")
+    assert result.returncode == 1
+    assert "not supported" in result.stderr
+
+
+def test_a_token_of_the_metadata_server_is_sent_for_the_endpoint_and_no_other(monkeypatch):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    from fedcompute.cli.task_builder_client import _token_header
+
+    asked = []
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"token\n")
+
+        def log_message(self, *_): ...
+
+    metadata = HTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=metadata.serve_forever, daemon=True).start()
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{metadata.server_port}")
+    assert _token_header("http://localhost:5000/x") == {}
+    assert asked == []
+    assert _token_header("https://builder.example.org/x") == {"authorization": "Bearer token"}
+    assert asked[0][0].endswith("audience=https%3A%2F%2Fbuilder.example.org%2Fx")
+    assert asked[0][1] == "Google"
+    metadata.shutdown()
+    metadata.server_close()
+    assert _token_header("https://builder.example.org/x") == {}
+
+
+def test_a_builder_on_a_port_in_use_is_a_block(program):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = program("task_builder", f"--port={taken.getsockname()[1]}")
+    assert result.returncode == 1
+    assert "cannot listen" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_forbidden_skip_flags_are_refused_by_the_builder(program, start, server, model):
+    process = start("task_builder", "--port=0", "--noallow_skip_dp_check", f"--task_management_server={server.url}")
+    url = process.stdout.readline().split()[-1]
+    arguments = [f"--saved_model={model.saved}", f"--task_config={model.config}", "--skip_dp_check"]
+    result = program(CLIENT, f"--task_builder_server={url}", *arguments)
+    assert result.returncode == 1
+    assert "does not allow the flag skip_dp_check" in result.stderr
+
+
+def test_the_tasks_that_the_client_made_are_on_the_server(fedcompute, server):
+    tasks = json.loads(fedcompute("task", "list", "--server", server.url, "--json").output)
+    assert [(task["population"], task["kind"]) for task in tasks] == [("digits", "TRAINING"), ("digits", "EVALUATION")]
