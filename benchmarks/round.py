@@ -150,16 +150,17 @@ def aggregation_table(count: int) -> Table:
             else (generator.standard_normal([dim.size for dim in leaf.spec.shape.dim]) * 5e-4).astype(np.float32)
             for leaf in process.updates
         }
+        clip_norm = 1.0 if process.HasField("fixed_gaussian") else None
         checkpoint = write_checkpoint(update)
         for kind, body in (
             ("plaintext", gzip_bytes(checkpoint)),
             ("encrypted", gzip_bytes(seal_update(checkpoint, key.published))),
         ):
             start = time.perf_counter()
-            total = empty_sum(process, b"")
+            total = empty_sum(process, b"", clip_norm)
             for _ in range(count):
                 plain = open_update(body, {key.id: key.private_key}, allow_plaintext=True, limit=LIMIT)
-                total = add(total, read_contribution(process, read_checkpoint(plain)))
+                total = add(total, read_contribution(process, read_checkpoint(plain), clip_norm))
             seconds = time.perf_counter() - start
             table.add_row(kind, name, f"{count / seconds:.1f}", f"{count * len(checkpoint) / seconds / 1e6:.0f}")
         if floor is None:

@@ -17,7 +17,7 @@ from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.api import assignments, blobs, health, keys, operator, reports, tasks
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
 from fedcompute.server.context import Context, Plans, now
-from fedcompute.server.executors import ProcessExecutor
+from fedcompute.server.executors import Executor, ProcessExecutor
 from fedcompute.server.rounds.engine import Engine
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.passes import Passes
@@ -33,7 +33,7 @@ HEADER_BYTES_LIMIT = 64 * 1024
 GRACE_SECONDS = 10
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings, executor: Executor | None = None) -> Starlette:
     """Returns the application: every route, and the round engine for as long as the application runs.
 
     Its lifespan opens database and blob store, makes the server's secrets at first start, and stops the engine
@@ -47,11 +47,11 @@ def create_app(settings: Settings) -> Starlette:
         except FedComputeError as error:
             app.state.start_error = error
             raise
-        executor = ProcessExecutor(settings.worker_count)
+        workers = executor or ProcessExecutor(settings.worker_count)
         try:
             engine = Engine(lambda: passes())
             try:
-                app.state.context = context = _context(settings, database, executor, engine)
+                app.state.context = context = _context(settings, database, workers, engine)
             except FedComputeError as error:
                 app.state.start_error = error
                 raise
@@ -62,7 +62,7 @@ def create_app(settings: Settings) -> Starlette:
             finally:
                 await engine.stop()
         finally:
-            executor.close()
+            workers.close()
             database.close()
 
     return Starlette(
@@ -101,12 +101,12 @@ def serve(settings: Settings) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def server(settings: Settings) -> uvicorn.Server:
+def server(settings: Settings, executor: Executor | None = None) -> uvicorn.Server:
     """The HTTP server of an application, not started; `should_exit` of the result stops it."""
     # It writes query strings, which hold signatures; our own access log does not.
     logging.getLogger("uvicorn.access").disabled = True
     config = uvicorn.Config(
-        create_app(settings),
+        create_app(settings, executor),
         host=settings.host,
         port=settings.port,
         http="h11",
@@ -129,7 +129,7 @@ def _open_database(settings: Settings) -> Database:
     return Database.open(settings.database)
 
 
-def _context(settings: Settings, database: Database, executor: ProcessExecutor, engine: Engine) -> Context:
+def _context(settings: Settings, database: Database, executor: Executor, engine: Engine) -> Context:
     store = open_blob_store(settings.blobs)
     with database.write() as tx:
         url_key = ensure_secret(tx, "url_signing", secrets.token_bytes(32), now())

@@ -14,7 +14,7 @@ SOON = RetryWindow(0.02, 0.05)
 
 
 @contextmanager
-def _serving(directory):
+def _serving(directory, executor=None):
     listener = listen("127.0.0.1", 0)
     settings = Settings(
         data_dir=directory,
@@ -23,7 +23,7 @@ def _serving(directory):
         retry_no_active_task=SOON,
         workers=1,
     )
-    running = server(settings)
+    running = server(settings, executor)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not running.started:
@@ -38,7 +38,7 @@ def _serving(directory):
         assert not thread.is_alive()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serving():
     """`with serving(directory) as settings:` runs a server over that data directory."""
     return _serving

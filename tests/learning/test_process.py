@@ -6,7 +6,7 @@ import pytest
 
 from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
 from fedcompute.learning import plans
-from fedcompute.learning.contribution import add, empty_sum, read_contribution
+from fedcompute.learning.contribution import add, clip_norm_told, empty_sum, read_contribution
 from fedcompute.learning.process import (
     client_checkpoint,
     metrics_json,
@@ -44,7 +44,9 @@ def process_with(aggregator=None, optimizer=None, metrics=("sparse_categorical_a
 
 def state_of(process):
     generator = np.random.default_rng(0)
-    return initial_state(process, [generator.normal(size=spec.shape).astype(np.float32) for spec in WEIGHTS], [])
+    return initial_state(
+        process, [generator.normal(size=spec.shape).astype(np.float32) for spec in WEIGHTS], [], SeededNoise(0)
+    )
 
 
 def update_for(process, scale=0.01, seed=1):
@@ -62,10 +64,15 @@ def update_for(process, scale=0.01, seed=1):
 
 
 def total_of(process, updates):
-    total = empty_sum(process, b"digest")
+    clip_norm = bound_of(process)
+    total = empty_sum(process, b"digest", clip_norm)
     for update in updates:
-        total = add(total, read_contribution(process, update))
+        total = add(total, read_contribution(process, update, clip_norm))
     return total
+
+
+def bound_of(process):
+    return clip_norm_told(process, client_checkpoint(process, state_of(process)))
 
 
 def names(leaves):
@@ -124,11 +131,11 @@ def test_an_evaluation_reads_training_state_and_changes_nothing():
     ]
     state = read_state(process, state_of(training))
     total = total_of(process, [update_for(process)] * 2)
-    assert total.lattice_step == 0.0
+    assert total.steps == {}
     result = round_update(process, state, total, SystemNoise())
     assert all(result.state[name] is value for name, value in state.items())
     assert result.metrics == {"server/eval/binary_accuracy": 0.5, "server/eval/loss": 0.5}
-    assert result.event is None
+    assert result.events == ()
     assert all(not np.asarray(value).any() for value in zero_state(process).values() if value.dtype != object)
 
 
@@ -169,8 +176,7 @@ def test_a_gaussian_round_divides_by_the_report_goal_adds_noise_and_says_so():
     total = total_of(process, updates)
     noise = SeededNoise(5)
     result = round_update(process, state, total, SeededNoise(5))
-    assert result.event is not None
-    assert result.event.noise_multiplier == pytest.approx(0.5, rel=1e-6)
+    assert [event.noise_multiplier for event in result.events] == [pytest.approx(0.5, rel=1e-6)]
     for index, shape in enumerate([(3, 2), (2,)]):
         name = f"server/global_model_weights/trainable/{index}"
         draws = noise.standard_normal(math.prod(shape)).reshape(shape)
@@ -190,7 +196,7 @@ def test_the_order_of_contributions_changes_no_bit_of_a_lattice_sum():
 def test_no_contribution_leaves_the_weights_and_reports_a_non_finite_update():
     process = process_with()
     state = state_of(process)
-    result = round_update(process, state, empty_sum(process, b""), SystemNoise())
+    result = round_update(process, state, empty_sum(process, b"", None), SystemNoise())
     name = "server/global_model_weights/trainable/0"
     np.testing.assert_array_equal(result.state[name], state[name])
     assert result.metrics["server/finalizer/update_non_finite"] == 1.0
@@ -243,8 +249,10 @@ def broken(change):
     ],
 )
 def test_a_wrong_update_is_rejected_with_its_reason(change, reason):
+    process, update = broken(change)
+    bound = bound_of(process)
     with pytest.raises(UploadRejected) as refusal:
-        read_contribution(*broken(change))
+        read_contribution(process, update, bound)
     assert refusal.value.reason is reason
 
 
@@ -252,7 +260,7 @@ def test_a_norm_over_the_bound_by_float32_rounding_is_clipped_not_rejected():
     process = process_with(GAUSSIAN)
     update = update_for(process, scale=0)
     update["update/1/1"] = np.array([0.1 * (1 + 5e-5), 0], np.float32)
-    step = read_contribution(process, update).lattice["update/1/1"][0]
+    step = read_contribution(process, update, bound_of(process)).lattice["update/1/1"][0]
     assert (
         step * 2.0 ** (math.floor(math.log2(process.fixed_gaussian.clip_norm)) - 30) <= process.fixed_gaussian.clip_norm
     )

@@ -10,15 +10,16 @@ DIGEST = b"d" * 32
 
 
 def partial(values, inputs=1, step=2.0**-30, digest=DIGEST):
+    leaf = "update/1/0"
     return PartialSum(
-        digest, inputs, step, {"update/1/0": np.array(values, np.int64)}, {"update/0/loss/0": np.array(0.5)}
+        digest, inputs, {leaf: step}, {leaf: np.array(values, np.int64)}, {"update/0/loss/0": np.array(0.5)}
     )
 
 
 def test_a_partial_sum_survives_its_bytes():
     total = partial([[1, -2], [3, 4]], inputs=7)
     read = decode(encode(total))
-    assert (read.plan_digest, read.num_inputs, read.lattice_step) == (DIGEST, 7, 2.0**-30)
+    assert (read.plan_digest, read.num_inputs, read.steps) == (DIGEST, 7, {"update/1/0": 2.0**-30})
     np.testing.assert_array_equal(read.lattice["update/1/0"], total.lattice["update/1/0"])
     assert read.real["update/0/loss/0"] == 0.5
 

@@ -26,6 +26,7 @@ from fedcompute.errors import BuildFailed, FedComputeError, Reason
 from fedcompute.learning.specification import evaluation_process, initial_state, zero_state
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.models.saved_model import load_functional_model
+from fedcompute.privacy.noise import SystemNoise
 from fedcompute.protos import learning_pb2, task_builder_pb2, task_pb2
 from fedcompute.tensors.checkpoint import write_checkpoint
 from fedcompute.tensors.tree import Tensors
@@ -64,7 +65,7 @@ def build_task_group(
     report.warnings.extend(metrics.warnings)
 
     model = load_functional_model(saved_model_dir)
-    aggregator = learning_pb2.UniformMean() if flags.skip_dp_aggregator else dp_type(settings).aggregator(dp)
+    aggregator = choices.algorithm.plain if flags.skip_dp_aggregator else dp_type(settings).aggregator(dp)
     process = compose(choices, model, aggregator, metrics.accepted)
     client = ClientSettings(
         label_name=settings.config.label_name,
@@ -78,7 +79,7 @@ def build_task_group(
     group_id = correlation_id()
     training = evaluation = None
     if settings.trains:
-        state = initial_state(process, model.trainable, model.non_trainable)
+        state = initial_state(process, model.trainable, model.non_trainable, SystemNoise())
         built = _build_artifacts(model, process, client, settings.example_selector_uri, state, versions)
         training = built.of(training_task(settings, built.min_client_version, group_id))
     if settings.evaluation is not None:

@@ -3,24 +3,29 @@
 Everything with a name on the wire comes from the LearningProcess, so that device and server cannot disagree.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from fedcompute.builder.client_optimizers import ClientOptimizer
+from fedcompute.builder.client_reports import POSTPROCESSORS, Sent
 from fedcompute.builder.client_work import ALGORITHMS, MetricSpec, Tensors, Weights, Work, evaluation
 from fedcompute.builder.example_source import batched_examples, example_format
 from fedcompute.learning.specification import state_specs
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.protos import learning_pb2
+from fedcompute.tensors.tree import LeafSpec
 
 TOKEN_NAME = "data_token"
 INPUT_NAME = "input_filepath"
 OUTPUT_NAME = "output_filepath"
 TARGET_NAME = "save_client_update_tensors"
 
-_UpdateLeaf = learning_pb2.UpdateLeaf
+# A broadcast that is no state: a float32 scalar.
+_CONSTANT = LeafSpec("", (), np.dtype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -53,59 +58,43 @@ def client_graph(
             token, settings.selector, layout, batch_size=settings.batch_size, max_batches=settings.max_batches
         )
         weights = Weights(
-            tuple(received[spec.name] for spec in process.trainable),
-            tuple(received[spec.name] for spec in process.non_trainable),
+            tuple(received[name] for name in _client_names(process, process.trainable)),
+            tuple(received[name] for name in _client_names(process, process.non_trainable)),
         )
         work = Work(model, _metric_specs(process), settings.optimizer, settings.learning_rate)
         evaluating = process.kind == learning_pb2.LearningProcess.EVALUATION
         result = (evaluation if evaluating else ALGORITHMS[process.algorithm])(work, weights, batches)
-        deltas = result.deltas
+        sent: Sent = {}
         if not evaluating:
-            deltas = POSTPROCESSORS[process.WhichOneof("aggregator")](deltas, _extras(process, received))
-        _save(process, output_path, deltas, result.metrics)
+            sent = POSTPROCESSORS[process.WhichOneof("aggregator")](result, _extras(process, received))
+        _save(process, output_path, sent, result.metrics)
     return graph.as_graph_def()
 
 
-def _plain(deltas: Tensors, extras: Sequence[tf.Tensor]) -> Tensors:
-    return deltas
-
-
-def _clipped(deltas: Tensors, extras: Sequence[tf.Tensor]) -> Tensors:
-    """Scales the whole update to an L2 norm of at most the broadcast clip norm.
-
-    Formal guarantees: none that the server relies on; float32 arithmetic may exceed the norm by about 1e-6 relative,
-    and a device may run anything. The server clips again before it adds (spec/artifacts.md 9, consequence 4).
-    """
-    (clip_norm,) = extras
-    clipped, _ = tf.clip_by_global_norm(deltas, clip_norm)
-    return tuple(clipped)
-
-
-# Aggregator of the process -> what it asks of the device. `extras` are the broadcast leaves beside the model.
-POSTPROCESSORS: Mapping[str, Callable[[Tensors, Sequence[tf.Tensor]], Tensors]] = {
-    "uniform_mean": _plain,
-    "fixed_gaussian": _clipped,
-}
-
-
 def _restore(process: learning_pb2.LearningProcess, path: tf.Tensor) -> dict[str, tf.Tensor]:
-    """State leaf name -> received tensor, for every broadcast leaf."""
+    """Client leaf name -> received tensor, for every broadcast leaf."""
     specs = {spec.name: spec for spec in state_specs(process)}
     received = {}
     for leaf in process.broadcasts:
-        spec = specs[leaf.state_name]
+        spec = specs.get(leaf.state_name, _CONSTANT)
         (tensor,) = tf.raw_ops.RestoreV2(
             prefix=path, tensor_names=[leaf.client_name], shape_and_slices=[""], dtypes=[tf.as_dtype(spec.dtype)]
         )
         # RestoreV2 knows no shapes, and gradients and the converter need them.
         tensor.set_shape(spec.shape)
-        received[leaf.state_name] = tensor
+        received[leaf.client_name] = tensor
     return received
 
 
+def _client_names(process: learning_pb2.LearningProcess, specs: Iterable[Any]) -> list[str]:
+    told = {leaf.state_name: leaf.client_name for leaf in process.broadcasts}
+    return [told[spec.name] for spec in specs]
+
+
 def _extras(process: learning_pb2.LearningProcess, received: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
-    model_leaves = {spec.name for spec in (*process.trainable, *process.non_trainable)}
-    return [received[leaf.state_name] for leaf in process.broadcasts if leaf.state_name not in model_leaves]
+    """What devices are told beside the model, in the order of the client checkpoint."""
+    model = {*_client_names(process, process.trainable), *_client_names(process, process.non_trainable)}
+    return [tensor for name, tensor in received.items() if name not in model]
 
 
 def _metric_specs(process: learning_pb2.LearningProcess) -> list[MetricSpec]:
@@ -118,18 +107,16 @@ def _metric_specs(process: learning_pb2.LearningProcess) -> list[MetricSpec]:
     return [MetricSpec(m.name, tuple(map(spec, m.update_names))) for m in process.metrics if m.update_names]
 
 
-def _save(process: learning_pb2.LearningProcess, path: tf.Tensor, deltas: Tensors, metrics: Sequence[Tensors]) -> None:
+def _save(process: learning_pb2.LearningProcess, path: tf.Tensor, sent: Sent, metrics: Sequence[Tensors]) -> None:
     by_name = {
         name: tensor
         for metric, state in zip([m for m in process.metrics if m.update_names], metrics, strict=True)
         for name, tensor in zip(metric.update_names, state, strict=True)
     }
-    remaining = iter(deltas)
+    remaining = {role: iter(tensors) for role, tensors in sent.items()}
     for leaf in process.updates:
-        if leaf.role == _UpdateLeaf.DELTA:
-            by_name[leaf.spec.name] = next(remaining)
-        elif leaf.role == _UpdateLeaf.COUNT:
-            by_name[leaf.spec.name] = tf.constant(1, tf.int32)
+        if leaf.role in remaining:
+            by_name[leaf.spec.name] = next(remaining[leaf.role])
     names = [leaf.spec.name for leaf in process.updates]
     tf.raw_ops.SaveSlices(
         filename=path,

@@ -43,10 +43,14 @@ class Work:
 
 @dataclass(frozen=True)
 class WorkResult:
-    """What comes out: deltas in trainable order (none for an evaluation), metric states in metric order."""
+    """What comes out: deltas in trainable order (none for an evaluation), metric states in metric order.
+
+    `weight`: float32 number of examples behind the delta, for algorithms that weigh devices by it.
+    """
 
     deltas: Tensors
     metrics: Sequence[Tensors]
+    weight: tf.Tensor | None = None
 
 
 def federated_averaging(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
@@ -55,22 +59,35 @@ def federated_averaging(work: Work, weights: Weights, batches: tf.data.Dataset) 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def train(state: Any, batch: Any) -> Any:
         trained, optimizer_state, metrics = state
-        x, label = batch
-        with tf.GradientTape() as tape:
-            tape.watch(trained)
-            output = work.model.predict_on_batch((trained, weights.non_trainable), x, training=True)
-            batch_loss = work.model.loss(output, label)
-        gradients = [
-            tf.zeros_like(w) if g is None else tf.convert_to_tensor(g)
-            for w, g in zip(trained, tape.gradient(batch_loss, trained), strict=True)
-        ]
+        gradients, output, label, batch_loss = _gradients(work, trained, weights.non_trainable, batch)
         optimizer_state, trained = work.optimizer.update(optimizer_state, trained, gradients, work.learning_rate)
         return trained, optimizer_state, _measure(work, metrics, output, label, batch_loss)
 
     start = (weights.trainable, work.optimizer.init(weights.trainable), _zeros(work))
     trained, _, metrics = batches.reduce(start, train)
     deltas = tuple(before - after for before, after in zip(weights.trainable, trained, strict=True))
-    return WorkResult(_zero_unless_finite(deltas), metrics)
+    return WorkResult(_where_finite(deltas, deltas)[0], metrics)
+
+
+def federated_sgd(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
+    """The gradient at the received weights, averaged over the examples; zero with weight zero unless finite.
+
+    The client optimizer has no part in it. A device without examples has 0/0, and so weight 0.
+    """
+
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def accumulate(state: Any, batch: Any) -> Any:
+        sums, examples, metrics = state
+        gradients, output, label, batch_loss = _gradients(work, weights.trainable, weights.non_trainable, batch)
+        size = _batch_size(output)
+        sums = tuple(total + size * g for total, g in zip(sums, gradients, strict=True))
+        return sums, examples + size, _measure(work, metrics, output, label, batch_loss)
+
+    start = (tuple(tf.zeros_like(w) for w in weights.trainable), tf.constant(0.0), _zeros(work))
+    sums, examples, metrics = batches.reduce(start, accumulate)
+    deltas = tuple(total / examples for total in sums)
+    deltas, (weight,) = _where_finite(deltas, deltas, (examples,))
+    return WorkResult(deltas, metrics, weight)
 
 
 def evaluation(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
@@ -87,7 +104,26 @@ def evaluation(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkRe
 
 ALGORITHMS: Mapping[int, Callable[[Work, Weights, tf.data.Dataset], WorkResult]] = {
     learning_pb2.LearningProcess.FED_AVG: federated_averaging,
+    learning_pb2.LearningProcess.FED_SGD: federated_sgd,
 }
+
+
+def _gradients(work: Work, trainable: Tensors, non_trainable: Tensors, batch: Any) -> tuple[Tensors, Any, Any, Any]:
+    """Gradients of one batch's loss in trainable order, with output, label and loss."""
+    x, label = batch
+    with tf.GradientTape() as tape:
+        tape.watch(trainable)
+        output = work.model.predict_on_batch((trainable, non_trainable), x, training=True)
+        batch_loss = work.model.loss(output, label)
+    gradients = tuple(
+        tf.zeros_like(w) if g is None else tf.convert_to_tensor(g)
+        for w, g in zip(trainable, tape.gradient(batch_loss, trainable), strict=True)
+    )
+    return gradients, output, label, batch_loss
+
+
+def _batch_size(output: Any) -> tf.Tensor:
+    return tf.cast(tf.shape(tf.nest.flatten(output)[0])[0], tf.float32)
 
 
 def _zeros(work: Work) -> tuple[Tensors, ...]:
@@ -98,8 +134,7 @@ def _measure(work: Work, states: Any, output: Any, label: tf.Tensor, batch_loss:
     outputs = tf.nest.flatten(output)
     # The field's convention for a triple of outputs: the third are the predictions (spec/task-builder.md 4.2).
     prediction = outputs[2] if len(outputs) == 3 else outputs[0]
-    size = tf.cast(tf.shape(outputs[0])[0], tf.float32)
-    batch = Batch(label, prediction, tf.cast(batch_loss, tf.float32), size)
+    batch = Batch(label, prediction, tf.cast(batch_loss, tf.float32), _batch_size(output))
     return tuple(_update_metric(m.name, state, batch) for m, state in zip(work.metrics, states, strict=True))
 
 
@@ -115,7 +150,8 @@ def _update_metric(name: str, state: Tensors, batch: Batch) -> Tensors:
         ) from error
 
 
-def _zero_unless_finite(deltas: Tensors) -> Tensors:
+def _where_finite(judged: Tensors, *groups: Tensors) -> tuple[Tensors, ...]:
+    """Each group as it is if every element of `judged` is finite, else zeros."""
     # A select per leaf: branches would need identities, and no phone has a kernel for those.
-    finite = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(delta)) for delta in deltas]))
-    return tuple(tf.where(finite, delta, tf.zeros_like(delta)) for delta in deltas)
+    finite = tf.reduce_all(tf.stack([tf.reduce_all(tf.math.is_finite(leaf)) for leaf in judged]))
+    return tuple(tuple(tf.where(finite, leaf, tf.zeros_like(leaf)) for leaf in group) for group in groups)

@@ -13,7 +13,7 @@ from fedcompute.builder.client_optimizers import CLIENT_OPTIMIZERS, ClientOptimi
 from fedcompute.builder.validation import BuildSettings, supported
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.learning.metrics import LOSS, METRICS
-from fedcompute.learning.specification import training_process
+from fedcompute.learning.specification import AggregatorSettings, training_process
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.protos import learning_pb2, task_builder_pb2
 from fedcompute.tensors.tree import LeafSpec
@@ -21,10 +21,19 @@ from fedcompute.tensors.tree import LeafSpec
 _Algo = task_builder_pb2.LearningAlgo
 _Optimizer = task_builder_pb2.Optimizer
 _ServerOptimizer = learning_pb2.Sgd | learning_pb2.Adam
-_Aggregator = learning_pb2.UniformMean | learning_pb2.FixedGaussian
 
-ALGORITHMS: Mapping[int, learning_pb2.LearningProcess.Algorithm] = {
-    _Algo.FED_AVG: learning_pb2.LearningProcess.FED_AVG,
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An algorithm of plans, and how it aggregates where no DP type does."""
+
+    number: learning_pb2.LearningProcess.Algorithm
+    plain: AggregatorSettings
+
+
+ALGORITHMS: Mapping[int, Algorithm] = {
+    _Algo.FED_AVG: Algorithm(learning_pb2.LearningProcess.FED_AVG, learning_pb2.UniformMean()),
+    _Algo.FED_SGD: Algorithm(learning_pb2.LearningProcess.FED_SGD, learning_pb2.WeightedMean()),
 }
 SERVER_OPTIMIZERS: Mapping[int, Callable[[float], _ServerOptimizer]] = {
     _Optimizer.SGD: lambda rate: learning_pb2.Sgd(learning_rate=rate),
@@ -38,7 +47,7 @@ ALLOWED_METRICS = tuple(name for name in METRICS if name in METRIC_UPDATES and n
 class Choices:
     """The entries that a configuration selects."""
 
-    algorithm: learning_pb2.LearningProcess.Algorithm
+    algorithm: Algorithm
     client_optimizer: ClientOptimizer
     server_optimizer: _ServerOptimizer
 
@@ -75,7 +84,7 @@ def choose_metrics(names: Sequence[str]) -> MetricChoice:
 
 
 def compose(
-    choices: Choices, model: FunctionalModel, aggregator: _Aggregator, metrics: Sequence[str]
+    choices: Choices, model: FunctionalModel, aggregator: AggregatorSettings, metrics: Sequence[str]
 ) -> learning_pb2.LearningProcess:
     """The training process of a model; raises ArtifactInvalid (MODEL_UNSUPPORTED) for weights it cannot train."""
     for index, weight in enumerate(model.trainable):
@@ -85,7 +94,7 @@ def compose(
                 f"trainable weight {index} is {weight.dtype}; only float32 weights are trained",
             )
     return training_process(
-        algorithm=choices.algorithm,
+        algorithm=choices.algorithm.number,
         trainable=_specs(model.trainable),
         non_trainable=_specs(model.non_trainable),
         server_optimizer=choices.server_optimizer,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from fedcompute.builder.rules import MAX_TARGET_EPSILON, problem
 from fedcompute.builder.validation import BuildSettings, supported
 from fedcompute.errors import ConfigInvalid, Reason
+from fedcompute.learning.specification import AggregatorSettings
+from fedcompute.privacy.adaptive import LEARNING_RATE, TARGET_QUANTILE
 from fedcompute.protos import learning_pb2, task_builder_pb2
 
 logger = logging.getLogger(__name__)
@@ -15,6 +17,10 @@ logger = logging.getLogger(__name__)
 _MIN_FLOAT32, _MAX_FLOAT32 = 1.2e-38, 3.4e38
 
 _Dp = task_builder_pb2.DpAggregator
+_DEFAULT_INITIAL_CLIP_NORM = 0.1
+_ZEROING_FACTOR = 100
+# The reference's restart rule, in rounds (spec/artifacts.md 9.4).
+_RESTART_PERIOD, _RESTART_OFFSET = 1024, 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class DpType:
     clip_norm: Callable[[task_builder_pb2.DifferentialPrivacy], float]
     epsilon: Callable[[DpParameters], float]
     calibrate: Callable[[DpParameters, float], float]  # parameters, target epsilon -> noise multiplier
-    aggregator: Callable[[DpParameters], learning_pb2.FixedGaussian]
+    aggregator: Callable[[DpParameters], AggregatorSettings]
 
 
 def _poisson_epsilon(dp: DpParameters) -> float:
@@ -63,13 +69,59 @@ def _fixed_gaussian(dp: DpParameters) -> learning_pb2.FixedGaussian:
     )
 
 
+def _adaptive_gaussian(dp: DpParameters) -> learning_pb2.AdaptiveGaussian:
+    return learning_pb2.AdaptiveGaussian(
+        initial_clip_norm=dp.clip_norm,
+        noise_multiplier=dp.noise_multiplier,
+        report_goal=dp.report_goal,
+        target_quantile=TARGET_QUANTILE,
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def _tree(dp: DpParameters) -> learning_pb2.TreeAggregation:
+    return learning_pb2.TreeAggregation(
+        clip_norm=dp.clip_norm,
+        noise_multiplier=dp.noise_multiplier,
+        report_goal=dp.report_goal,
+        zeroing_norm=_ZEROING_FACTOR * dp.clip_norm,
+    )
+
+
+def _adaptive_tree(dp: DpParameters) -> learning_pb2.AdaptiveTree:
+    return learning_pb2.AdaptiveTree(
+        initial_clip_norm=dp.clip_norm,
+        noise_multiplier=dp.noise_multiplier,
+        report_goal=dp.report_goal,
+        zeroing_norm=_ZEROING_FACTOR * dp.clip_norm,
+        target_quantile=TARGET_QUANTILE,
+        learning_rate=LEARNING_RATE,
+        restart_period=_RESTART_PERIOD,
+        restart_offset=_RESTART_OFFSET,
+    )
+
+
+def _tree_epsilon(dp: DpParameters) -> float:
+    from fedcompute.privacy.accounting import tree_epsilon
+
+    return tree_epsilon(dp.noise_multiplier, (dp.rounds,), dp.delta)
+
+
+def _calibrate_tree(dp: DpParameters, target_epsilon: float) -> float:
+    from fedcompute.privacy.accounting import calibrate_tree_noise
+
+    return calibrate_tree_noise(target_epsilon, dp.rounds, dp.delta)
+
+
+def _initial_clip_norm(dp: task_builder_pb2.DifferentialPrivacy) -> float:
+    return dp.init_clip_norm or _DEFAULT_INITIAL_CLIP_NORM
+
+
 DP_TYPES: Mapping[int, DpType] = {
-    _Dp.FIXED_GAUSSIAN: DpType(
-        clip_norm=lambda dp: dp.clip_norm,
-        epsilon=_poisson_epsilon,
-        calibrate=_calibrate_poisson,
-        aggregator=_fixed_gaussian,
-    ),
+    _Dp.FIXED_GAUSSIAN: DpType(lambda dp: dp.clip_norm, _poisson_epsilon, _calibrate_poisson, _fixed_gaussian),
+    _Dp.ADAPTIVE_GAUSSIAN: DpType(_initial_clip_norm, _poisson_epsilon, _calibrate_poisson, _adaptive_gaussian),
+    _Dp.TREE_AGGREGATION: DpType(lambda dp: dp.clip_norm, _tree_epsilon, _calibrate_tree, _tree),
+    _Dp.ADAPTIVE_TREE: DpType(_initial_clip_norm, _tree_epsilon, _calibrate_tree, _adaptive_tree),
 }
 
 

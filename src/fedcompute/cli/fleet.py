@@ -17,9 +17,7 @@ def _group() -> None:
     """Run many simulated devices against a server."""
 
 
-@fleet.command(
-    epilog="Example: fedcompute fleet run --server http://localhost:8080 --population digits --devices 40"
-)
+@fleet.command(epilog="Example: fedcompute fleet run --server http://localhost:8080 --population digits --devices 40")
 def run(
     population: Annotated[str, typer.Option(help="Population that the devices belong to.")],
     server: Annotated[str, typer.Option(help="Base URL of the server.")] = "http://localhost:8080",

@@ -77,7 +77,7 @@ def report(
 ) -> None:
     """What a task has spent so far, recomputed from the server's ledger of releases."""
     from fedcompute.monitoring.operator_api import OperatorApi
-    from fedcompute.privacy.ledger import parse_event
+    from fedcompute.privacy.ledger import read_events
     from fedcompute.privacy.report import privacy_report, privacy_sentences
 
     view = OperatorApi(server).task(population, task_id)
@@ -92,7 +92,7 @@ def report(
         typer.echo(json.dumps({"releases": 0, "sentences": [text]}) if as_json else text)
         return
     found = privacy_report(
-        [parse_event(json.dumps(entry["event"])) for entry in entries],
+        [read_events(entry["event"]) for entry in entries],
         clip_norm=max(float(entry["clip_norm"]) for entry in entries),
         report_goal=min(int(entry["report_goal"]) for entry in entries),
         population=devices,

@@ -296,7 +296,7 @@ def _conclude(
 
 
 def _print_privacy(console: Console, ledger: list[dict[str, Any]], task: SampleTask) -> None:
-    from fedcompute.privacy.ledger import GaussianEvent
+    from fedcompute.privacy.ledger import read_events
     from fedcompute.privacy.report import privacy_report, privacy_sentences
 
     if not ledger:
@@ -305,7 +305,7 @@ def _print_privacy(console: Console, ledger: list[dict[str, Any]], task: SampleT
         )
         return
     report = privacy_report(
-        [GaussianEvent(float(entry["event"]["noise_multiplier"])) for entry in ledger],
+        [read_events(entry["event"]) for entry in ledger],
         clip_norm=float(ledger[0]["clip_norm"]),
         report_goal=int(ledger[0]["report_goal"]),
         population=task.devices,

@@ -1,116 +1,135 @@
-"""Aggregators: how a process turns a sum of deltas into a mean, what state that takes and what it tells devices.
+"""Aggregators: what devices are told and send, how a sum becomes a mean, and what state that takes.
 
-One entry per member of the process's `aggregator` oneof; adding a kind of aggregation adds an entry.
+One entry per member of the process's `aggregator` oneof; adding a kind of aggregation adds an entry. Leaf names are
+those of spec/artifacts.md 3.3 and 9.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedcompute.privacy.gaussian import FixedGaussian
-from fedcompute.privacy.lattice import Lattice, lattice_for
-from fedcompute.privacy.ledger import GaussianEvent
+from fedcompute.privacy.lattice import Lattice
+from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.noise import NoiseSource
 from fedcompute.protos import learning_pb2
 from fedcompute.tensors.partial_sum import PartialSum
 from fedcompute.tensors.tree import Tensors
 
 Process = learning_pb2.LearningProcess
+Role = learning_pb2.UpdateLeaf.Role
 State = dict[str, NDArray[np.generic]]
+Layout = tuple[tuple[str, Role], ...]
+
+DELTA, METRIC, COUNT, WEIGHT, BELOW_ESTIMATE, ZEROED = (
+    learning_pb2.UpdateLeaf.DELTA,
+    learning_pb2.UpdateLeaf.METRIC,
+    learning_pb2.UpdateLeaf.COUNT,
+    learning_pb2.UpdateLeaf.WEIGHT,
+    learning_pb2.UpdateLeaf.BELOW_ESTIMATE,
+    learning_pb2.UpdateLeaf.ZEROED,
+)
 
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The mean delta per leaf (float64), the aggregator's new state leaves, and the release as a ledger event."""
+    """The mean delta per update leaf (float64), the aggregator's new state leaves, ledger events, released metrics.
+
+    `events` is empty where nothing was noised; `metrics` has the entry's `stats` as keys.
+    """
 
     mean: Mapping[str, NDArray[np.float64]]
     state: State
-    event: GaussianEvent | None
+    events: tuple[Event, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Aggregator:
-    """State leaves are named below `server/aggregator`.
+    """State leaves are named below `server`.
 
-    `broadcasts`: client leaf below `client` -> state leaf; `counts`: whether updates carry the int32 count;
-    `clip_norm`: the L2 bound that contributions must respect, None for no bound.
+    `told`: client leaf below `client` -> state leaf, or a function giving a constant; `layout`: update parts in the
+    order of the file; `clip_leaf`: the client leaf that holds the L2 bound of deltas; `fixed_denominator`: whether
+    the mean divides by the report goal whatever arrives; `stats`: keys of the metrics it adds, below `server`.
     """
 
-    broadcasts: tuple[tuple[str, str], ...]
-    counts: bool
-    init: Callable[[Process], State]
-    clip_norm: Callable[[Process], float | None]
+    layout: Layout
     release: Callable[[Process, Tensors, PartialSum, NoiseSource], Aggregated]
+    told: tuple[tuple[str, str | Callable[[Process], float]], ...] = ()
+    init: Callable[[Process, NoiseSource], State] = lambda process, noise: {}
+    clip_leaf: str | None = None
+    fixed_denominator: bool = False
+    stats: tuple[str, ...] = ()
 
 
-def delta_names(process: Process) -> list[str]:
-    """Update leaves that carry the model delta, in the order of the trainable weights."""
-    return [leaf.spec.name for leaf in process.updates if leaf.role == learning_pb2.UpdateLeaf.DELTA]
+def update_leaves(process: Process, role: Role) -> list[str]:
+    """Names of the update leaves of one role, in file order (that of the trainable weights, for deltas)."""
+    return [leaf.spec.name for leaf in process.updates if leaf.role == role]
 
 
 def _uniform_mean(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> Aggregated:
     count = np.float64(total.num_inputs)
     # No contribution at all gives 0/0; the round's finite check then keeps the old weights.
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Aggregated({name: total.real[name] / count for name in delta_names(process)}, dict(state), None)
+        return Aggregated({name: total.real[name] / count for name in update_leaves(process, DELTA)}, {})
 
 
-def _fixed_gaussian_init(process: Process) -> State:
+def _weighted_mean(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> Aggregated:
+    (weight,) = (total.real[name] for name in update_leaves(process, WEIGHT))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Aggregated({name: total.real[name] / weight for name in update_leaves(process, DELTA)}, {})
+
+
+def _fixed_gaussian_init(process: Process, noise: NoiseSource) -> State:
     settings = process.fixed_gaussian
     clip_norm = np.float32(settings.clip_norm)
     deviation = np.float32(np.float32(settings.noise_multiplier) * clip_norm)
     return {
-        "query_state/numerator_state/l2_norm_clip": np.array(clip_norm),
-        "query_state/numerator_state/stddev": np.array(deviation),
-        "query_state/denominator": np.array(settings.report_goal, np.float32),
-        "dp_event/module_name": np.array(b"dp_accounting.dp_event", object),
-        "dp_event/class_name": np.array(b"GaussianDpEvent", object),
-        "dp_event/noise_multiplier": np.array(deviation / clip_norm, np.float32),
-        "is_init_state": np.array(True),
+        "aggregator/query_state/numerator_state/l2_norm_clip": np.array(clip_norm),
+        "aggregator/query_state/numerator_state/stddev": np.array(deviation),
+        "aggregator/query_state/denominator": np.array(settings.report_goal, np.float32),
+        **event_leaves("aggregator/dp_event", float(deviation / clip_norm)),
+        "aggregator/is_init_state": np.array(True),
     }
 
 
-def _fixed_gaussian_release(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> Aggregated:
+def _fixed_gaussian(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> Aggregated:
     mechanism = FixedGaussian(
-        clip_norm=float(state["query_state/numerator_state/l2_norm_clip"]),
-        standard_deviation=float(state["query_state/numerator_state/stddev"]),
-        report_goal=float(state["query_state/denominator"]),
+        clip_norm=float(state["aggregator/query_state/numerator_state/l2_norm_clip"]),
+        standard_deviation=float(state["aggregator/query_state/numerator_state/stddev"]),
+        report_goal=float(state["aggregator/query_state/denominator"]),
     )
-    mean = mechanism.release(total.lattice, Lattice(total.lattice_step), noise)
+    names = update_leaves(process, DELTA)
+    mean = mechanism.release({name: total.lattice[name] for name in names}, Lattice(total.steps[names[0]]), noise)
     new: State = {
-        **state,
-        "dp_event/noise_multiplier": np.array(mechanism.event.noise_multiplier, np.float32),
-        "is_init_state": np.array(False),
+        **event_leaves("aggregator/dp_event", mechanism.event.noise_multiplier),
+        "aggregator/is_init_state": np.array(False),
     }
-    return Aggregated(mean, new, mechanism.event)
+    return Aggregated(mean, new, (mechanism.event,))
 
 
-AGGREGATORS: Mapping[str, Aggregator] = {
-    "uniform_mean": Aggregator(
-        broadcasts=(),
-        counts=True,
-        init=lambda process: {},
-        clip_norm=lambda process: None,
-        release=_uniform_mean,
-    ),
-    "fixed_gaussian": Aggregator(
-        broadcasts=(("1", "query_state/numerator_state/l2_norm_clip"),),
-        counts=False,
-        init=_fixed_gaussian_init,
-        clip_norm=lambda process: float(process.fixed_gaussian.clip_norm),
-        release=_fixed_gaussian_release,
-    ),
-}
+def event_leaves(prefix: str, noise_multiplier: float | None) -> State:
+    """State leaves that name an event as the reference does; None for one that it has no accounting for."""
+    leaves: State = {
+        f"{prefix}/module_name": np.array(b"dp_accounting.dp_event", object),
+        f"{prefix}/class_name": np.array(
+            b"UnsupportedDpEvent" if noise_multiplier is None else b"GaussianDpEvent", object
+        ),
+    }
+    if noise_multiplier is not None:
+        leaves[f"{prefix}/noise_multiplier"] = np.array(noise_multiplier, np.float32)
+    return leaves
 
 
-def aggregator_of(process: Process) -> Aggregator:
-    """The entry of a validated process."""
-    return AGGREGATORS[str(process.WhichOneof("aggregator"))]
-
-
-def lattice_of(process: Process) -> Lattice | None:
-    """The lattice of the process's deltas; None when they are added as float64."""
-    clip_norm = aggregator_of(process).clip_norm(process)
-    return None if clip_norm is None else lattice_for(clip_norm)
+UNIFORM_MEAN = Aggregator(layout=(("0", COUNT), ("1", METRIC), ("2", DELTA)), release=_uniform_mean)
+WEIGHTED_MEAN = Aggregator(layout=(("0", METRIC), ("1", DELTA), ("2", WEIGHT)), release=_weighted_mean)
+FIXED_GAUSSIAN = Aggregator(
+    layout=(("0", METRIC), ("1", DELTA)),
+    release=_fixed_gaussian,
+    told=(("1", "aggregator/query_state/numerator_state/l2_norm_clip"),),
+    init=_fixed_gaussian_init,
+    clip_leaf="client/1",
+    fixed_denominator=True,
+)

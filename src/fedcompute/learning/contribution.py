@@ -1,18 +1,36 @@
 """One device's update: judged, bounded and added to a sum."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompute.errors import Reason, UploadRejected
-from fedcompute.learning.aggregators import aggregator_of, lattice_of
+from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
+from fedcompute.learning.aggregators import (
+    BELOW_ESTIMATE,
+    COUNT,
+    DELTA,
+    WEIGHT,
+    ZEROED,
+    Process,
+    Role,
+    update_leaves,
+)
+from fedcompute.learning.catalogue import aggregator_of
+from fedcompute.privacy.adaptive import BIT, BIT_STEP
 from fedcompute.privacy.clipping import NORM_TOLERANCE, clip_by_global_norm, global_norm
-from fedcompute.privacy.lattice import to_lattice
-from fedcompute.protos import learning_pb2
+from fedcompute.privacy.lattice import Lattice, lattice_for, to_lattice
 from fedcompute.tensors.partial_sum import PartialSum
 from fedcompute.tensors.tree import Tensors, spec_from_proto
+
+# What a scalar of each role may be, exactly, and how to say so.
+_SCALARS: Mapping[Role, tuple[Callable[[float], bool], str]] = {
+    COUNT: (lambda value: value == 1, "1"),
+    WEIGHT: (lambda value: value >= 0, "0 or more"),
+    BELOW_ESTIMATE: (lambda value: abs(value) == BIT, f"-{BIT} or {BIT}"),
+    ZEROED: (lambda value: value in (0, 1), "0 or 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,54 +41,72 @@ class Contribution:
     real: Mapping[str, NDArray[np.float64]]
 
 
-def read_contribution(process: learning_pb2.LearningProcess, update: Tensors) -> Contribution:
+def clip_norm_leaf(process: Process) -> str | None:
+    """The client checkpoint's leaf with the L2 bound of this process's deltas; None if they are not bounded."""
+    return aggregator_of(process).clip_leaf if update_leaves(process, DELTA) else None
+
+
+def clip_norm_told(process: Process, told: Tensors) -> float | None:
+    """The L2 bound that devices were told in the client checkpoint `told`; None if deltas are not bounded.
+
+    Raises ArtifactInvalid (STATE_MISMATCH) for a client checkpoint without a positive bound.
+    """
+    name = clip_norm_leaf(process)
+    if name is None:
+        return None
+    value = told.get(name)
+    if value is None or value.shape != () or not 0 < float(value) < np.inf:
+        raise ArtifactInvalid(Reason.STATE_MISMATCH, f"the client checkpoint has no positive clip norm in {name!r}")
+    return float(value)
+
+
+def read_contribution(process: Process, update: Tensors, clip_norm: float | None) -> Contribution:
     """Judges an update against its process and bounds it. Raises UploadRejected with the typed reason.
 
-    Refused: leaves missing or unknown, another shape or dtype, a value that is not finite, a count other than 1, and,
-    where the process bounds contributions, an L2 norm over the clip norm by more than `NORM_TOLERANCE` relative.
+    `clip_norm`: what devices were told, see `clip_norm_told`. Refused: leaves missing or unknown, another shape or
+    dtype, a value that is not finite, a count, weight, bit or flag out of its range, a flag of zeroing on a delta that
+    is not zero, and an L2 norm over the clip norm by more than `NORM_TOLERANCE` relative.
 
-    Formal guarantees: where the aggregator has a clip norm, the deltas that are returned lie on its lattice with an
-    L2 norm of at most the clip norm, whatever the device sent. Metric leaves are not bounded or noised: they leave the
-    server as plain sums (spec/artifacts.md 10.1).
+    Formal guarantees: with a clip norm, the deltas that are returned lie on its lattice with an L2 norm of at most the
+    clip norm, and the bit is one of two values, whatever the device sent. Metric leaves and the zeroing flag are not
+    noised: they leave the server as plain sums (spec/artifacts.md 9, consequence 3, and 10.1).
     """
     _check_layout(process, update)
-    by_role: dict[int, dict[str, NDArray[np.generic]]] = {}
-    for leaf in process.updates:
-        by_role.setdefault(leaf.role, {})[leaf.spec.name] = update[leaf.spec.name]
-    for name, count in by_role.get(learning_pb2.UpdateLeaf.COUNT, {}).items():
-        if int(count) != 1:
-            raise UploadRejected(Reason.WRONG_COUNT, f"{name} is {int(count)}, not 1")
-    deltas = by_role.get(learning_pb2.UpdateLeaf.DELTA, {})
+    _check_scalars(process, update)
+    deltas = {name: update[name] for name in update_leaves(process, DELTA)}
+    bits = set(update_leaves(process, BELOW_ESTIMATE))
     real = {
-        name: value.astype(np.float64)
-        for role, leaves in by_role.items()
-        if role != learning_pb2.UpdateLeaf.DELTA
-        for name, value in leaves.items()
+        leaf.spec.name: update[leaf.spec.name].astype(np.float64)
+        for leaf in process.updates
+        if leaf.spec.name not in deltas and leaf.spec.name not in bits
     }
-    clip_norm = aggregator_of(process).clip_norm(process)
-    lattice = lattice_of(process)
-    if clip_norm is None or lattice is None or not deltas:
+    if clip_norm is None:
         return Contribution({}, {**real, **{name: value.astype(np.float64) for name, value in deltas.items()}})
-    norm = global_norm(deltas)  # type: ignore[arg-type]
+    norm = global_norm(deltas)
     if not norm <= clip_norm * (1 + NORM_TOLERANCE):
         raise UploadRejected(Reason.NORM_TOO_LARGE, f"update norm {norm:.6g} exceeds clip norm {clip_norm:.6g}")
-    return Contribution(to_lattice(clip_by_global_norm(deltas, clip_norm), lattice), real)  # type: ignore[arg-type]
+    flags = [name for name in update_leaves(process, ZEROED) if update[name]]
+    if flags and norm > 0:
+        raise UploadRejected(Reason.WRONG_COUNT, f"{flags[0]} is 1, but the update norm is {norm:.6g}")
+    lattice = to_lattice(clip_by_global_norm(deltas, clip_norm), lattice_for(clip_norm))
+    lattice |= to_lattice({name: update[name].astype(np.float64) for name in bits}, Lattice(BIT_STEP))
+    return Contribution(lattice, real)
 
 
-def empty_sum(process: learning_pb2.LearningProcess, plan_digest: bytes) -> PartialSum:
-    """The sum of no contribution, with every leaf in place and writable."""
-    lattice = lattice_of(process)
-    has_deltas = any(leaf.role == learning_pb2.UpdateLeaf.DELTA for leaf in process.updates)
-    on_lattice = lattice is not None and has_deltas
-    integers: dict[str, NDArray[np.int64]] = {}
-    reals: dict[str, NDArray[np.float64]] = {}
-    for leaf in process.updates:
-        shape = spec_from_proto(leaf.spec).shape
-        if on_lattice and leaf.role == learning_pb2.UpdateLeaf.DELTA:
-            integers[leaf.spec.name] = np.zeros(shape, np.int64)
-        else:
-            reals[leaf.spec.name] = np.zeros(shape, np.float64)
-    return PartialSum(plan_digest, 0, lattice.step if lattice and on_lattice else 0.0, integers, reals)
+def empty_sum(process: Process, plan_digest: bytes, clip_norm: float | None) -> PartialSum:
+    """The sum of no contribution, with every leaf in place and writable; `clip_norm` as in `read_contribution`."""
+    steps: dict[str, float] = {}
+    if clip_norm is not None:
+        steps = dict.fromkeys(update_leaves(process, DELTA), lattice_for(clip_norm).step)
+        steps |= dict.fromkeys(update_leaves(process, BELOW_ESTIMATE), BIT_STEP)
+    shapes = {leaf.spec.name: spec_from_proto(leaf.spec).shape for leaf in process.updates}
+    return PartialSum(
+        plan_digest=plan_digest,
+        num_inputs=0,
+        steps=steps,
+        lattice={name: np.zeros(shape, np.int64) for name, shape in shapes.items() if name in steps},
+        real={name: np.zeros(shape, np.float64) for name, shape in shapes.items() if name not in steps},
+    )
 
 
 def add(total: PartialSum, contribution: Contribution) -> PartialSum:
@@ -82,10 +118,19 @@ def add(total: PartialSum, contribution: Contribution) -> PartialSum:
         total.lattice[name][...] += value
     for name, real in contribution.real.items():
         total.real[name][...] += real
-    return PartialSum(total.plan_digest, total.num_inputs + 1, total.lattice_step, total.lattice, total.real)
+    return PartialSum(total.plan_digest, total.num_inputs + 1, total.steps, total.lattice, total.real)
 
 
-def _check_layout(process: learning_pb2.LearningProcess, update: Tensors) -> None:
+def _check_scalars(process: Process, update: Tensors) -> None:
+    for leaf in process.updates:
+        if leaf.role in _SCALARS:
+            allowed, rule = _SCALARS[leaf.role]
+            value = float(update[leaf.spec.name])
+            if not allowed(value):
+                raise UploadRejected(Reason.WRONG_COUNT, f"{leaf.spec.name} is {value:g}, not {rule}")
+
+
+def _check_layout(process: Process, update: Tensors) -> None:
     expected = {leaf.spec.name: spec_from_proto(leaf.spec) for leaf in process.updates}
     if update.keys() != expected.keys():
         missing = sorted(expected.keys() - update.keys())

@@ -5,7 +5,7 @@ import hashlib
 from google.protobuf.message import DecodeError
 
 from fedcompute.errors import ArtifactInvalid, Reason
-from fedcompute.learning.aggregators import AGGREGATORS
+from fedcompute.learning.catalogue import AGGREGATORS
 from fedcompute.learning.optimizers import OPTIMIZERS
 from fedcompute.learning.specification import VERSION
 from fedcompute.protos import learning_pb2, plan_pb2

@@ -8,23 +8,36 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompute.learning.aggregators import aggregator_of
+from fedcompute.learning.aggregators import COUNT, DELTA, METRIC, ZEROED, Role
+from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.learning.metrics import LOSS, definition
 from fedcompute.learning.optimizers import OPTIMIZERS
+from fedcompute.privacy.noise import NoiseSource, SilentNoise
 from fedcompute.protos import learning_pb2, tensorflow_pb2
 from fedcompute.tensors.tree import LeafSpec, Tensors, spec_from_proto, spec_to_proto
 
 Process = learning_pb2.LearningProcess
 ServerOptimizerSettings = learning_pb2.Sgd | learning_pb2.Adam
-AggregatorSettings = learning_pb2.UniformMean | learning_pb2.FixedGaussian
+AggregatorSettings = (
+    learning_pb2.UniformMean
+    | learning_pb2.WeightedMean
+    | learning_pb2.FixedGaussian
+    | learning_pb2.AdaptiveGaussian
+    | learning_pb2.TreeAggregation
+    | learning_pb2.AdaptiveTree
+)
 
 VERSION = 1
 TRAINABLE = "server/global_model_weights/trainable"
 NON_TRAINABLE = "server/global_model_weights/non_trainable"
-AGGREGATOR = "server/aggregator"
 FINALIZER = "server/finalizer"
 # Release names: `server/<path>` as a key of the metrics file, `metrics/<path>` as a checkpoint leaf.
 NON_FINITE_STAT = "server/finalizer/update_non_finite"
+# Leaves of our own: accepted where they are, not asked for.
+OWN = "server/fedcompute/"
+# Their first dimension is the number of levels of a noise tree.
+_GROWING = "/tree_state/level_buffer"
+_SCALAR_DTYPES = {COUNT: np.int32, ZEROED: np.int32}
 
 
 def training_process(
@@ -47,24 +60,32 @@ def training_process(
         process.adam.CopyFrom(server_optimizer)
     else:
         process.sgd.CopyFrom(server_optimizer)
-    if isinstance(aggregator, learning_pb2.FixedGaussian):
-        process.fixed_gaussian.CopyFrom(aggregator)
-    else:
-        process.uniform_mean.CopyFrom(aggregator)
+    (member,) = (
+        field.name
+        for field in Process.DESCRIPTOR.oneofs_by_name["aggregator"].fields
+        if field.message_type is aggregator.DESCRIPTOR
+    )
+    getattr(process, member).CopyFrom(aggregator)
+    # An empty message copied is a member still unset.
+    getattr(process, member).SetInParent()
     rules = aggregator_of(process)
     for part, leaves in (("trainable", process.trainable), ("non_trainable", process.non_trainable)):
         for index, leaf in enumerate(leaves):
             process.broadcasts.add(client_name=f"client/0/{part}/{index}", state_name=leaf.name)
-    for client, state in rules.broadcasts:
-        process.broadcasts.add(client_name=f"client/{client}", state_name=f"{AGGREGATOR}/{state}")
-    position = 0
-    if rules.counts:
-        _add_update(process, LeafSpec("update/0", (), np.dtype(np.int32)), learning_pb2.UpdateLeaf.COUNT)
-        position = 1
-    _add_metrics(process, metrics, f"update/{position}", "server/client_work/train")
-    for index, weight in enumerate(trainable):
-        spec = LeafSpec(f"update/{position + 1}/{index}", weight.shape, weight.dtype)
-        _add_update(process, spec, learning_pb2.UpdateLeaf.DELTA)
+    for client, source in rules.told:
+        if callable(source):
+            process.broadcasts.add(client_name=f"client/{client}", constant=source(process))
+        else:
+            process.broadcasts.add(client_name=f"client/{client}", state_name=f"server/{source}")
+    for path, role in rules.layout:
+        if role == METRIC:
+            _add_metrics(process, metrics, f"update/{path}", "server/client_work/train")
+        elif role == DELTA:
+            for index, weight in enumerate(trainable):
+                _add_update(process, LeafSpec(f"update/{path}/{index}", weight.shape, weight.dtype), role)
+        else:
+            dtype = np.dtype(_SCALAR_DTYPES.get(role, np.float32))
+            _add_update(process, LeafSpec(f"update/{path}", (), dtype), role)
     return process
 
 
@@ -83,31 +104,45 @@ def evaluation_process(training: Process, metrics: Sequence[str]) -> Process:
 
 
 def initial_state(
-    process: Process, trainable: Sequence[NDArray[np.generic]], non_trainable: Sequence[NDArray[np.generic]]
+    process: Process,
+    trainable: Sequence[NDArray[np.generic]],
+    non_trainable: Sequence[NDArray[np.generic]],
+    noise: NoiseSource,
 ) -> dict[str, NDArray[np.generic]]:
-    """The server state before round 1, leaf name -> array, with the model's initial weights."""
+    """The server state before round 1, leaf name -> array, with the model's initial weights.
+
+    `noise`: where a tree of noise begins with its first draws.
+    """
     optimizer = OPTIMIZERS[str(process.WhichOneof("server_optimizer"))]
     weights = [np.asarray(weight, np.float32) for weight in trainable]
     return {
         **{leaf.name: np.asarray(value) for leaf, value in zip(process.trainable, trainable, strict=True)},
         **{leaf.name: np.asarray(value) for leaf, value in zip(process.non_trainable, non_trainable, strict=True)},
-        **_prefixed(AGGREGATOR, aggregator_of(process).init(process)),
+        **_prefixed("server", aggregator_of(process).init(process, noise)),
         **_prefixed(FINALIZER, optimizer.init(process, weights)),
     }
 
 
 def state_specs(process: Process) -> list[LeafSpec]:
-    """Name, shape and dtype of every leaf of the server state."""
+    """Name, shape and dtype of every leaf that a server state must have; -1 is a dimension that changes."""
     state = initial_state(
         process,
         [_zeros(spec_from_proto(leaf)) for leaf in process.trainable],
         [_zeros(spec_from_proto(leaf)) for leaf in process.non_trainable],
+        SilentNoise(),
     )
-    return [LeafSpec(name, value.shape, value.dtype) for name, value in state.items()]
+    return [
+        LeafSpec(name, (-1, *value.shape[1:]) if _GROWING in name else value.shape, value.dtype)
+        for name, value in state.items()
+        if not name.startswith(OWN)
+    ]
 
 
 def zero_state(process: Process) -> dict[str, NDArray[np.generic]]:
-    """The state tree filled with zeros, empty strings and false: an evaluation task's initial checkpoint."""
+    """The state tree filled with zeros, empty strings and false: an evaluation task's initial checkpoint.
+
+    A dimension that changes is 0.
+    """
     return {spec.name: _zeros(spec) for spec in state_specs(process)}
 
 
@@ -117,7 +152,8 @@ def metric_leaf(stat_name: str) -> str:
 
 
 def _zeros(spec: LeafSpec) -> NDArray[np.generic]:
-    return np.full(spec.shape, b"", object) if spec.dtype == object else np.zeros(spec.shape, spec.dtype)
+    shape = tuple(max(0, size) for size in spec.shape)
+    return np.full(shape, b"", object) if spec.dtype == object else np.zeros(shape, spec.dtype)
 
 
 def _named(prefix: str, leaves: Sequence[LeafSpec]) -> list[tensorflow_pb2.TensorSpecProto]:
@@ -128,7 +164,7 @@ def _prefixed(prefix: str, leaves: Tensors) -> Mapping[str, NDArray[np.generic]]
     return {f"{prefix}/{name}": value for name, value in leaves.items()}
 
 
-def _add_update(process: Process, spec: LeafSpec, role: learning_pb2.UpdateLeaf.Role) -> None:
+def _add_update(process: Process, spec: LeafSpec, role: Role) -> None:
     process.updates.add(spec=spec_to_proto(spec), role=role)
 
 
@@ -137,5 +173,5 @@ def _add_metrics(process: Process, names: Sequence[str], update_prefix: str, sta
         metric = process.metrics.add(name=name, stat_name=f"{stat_prefix}/{name}")
         for leaf in definition(name).state:
             spec = LeafSpec(f"{update_prefix}/{name}/{leaf.name}", leaf.shape, leaf.dtype)
-            _add_update(process, spec, learning_pb2.UpdateLeaf.METRIC)
+            _add_update(process, spec, METRIC)
             metric.update_names.append(spec.name)

@@ -1,9 +1,9 @@
 """The privacy ledger: what each release was, as events. Epsilon is never stored; it is recomputed from them."""
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedcompute.errors import ArtifactInvalid, Reason
 
@@ -15,20 +15,41 @@ class GaussianEvent:
     noise_multiplier: float
 
 
-def event_json(event: GaussianEvent) -> str:
-    """The stored form, with the class name of dp-accounting's event."""
-    return json.dumps({"class": "GaussianDpEvent", "noise_multiplier": event.noise_multiplier})
+@dataclass(frozen=True)
+class TreeEvent:
+    """One round of tree aggregation with node noise `noise_multiplier`; `step` is 1 in the first round of a tree.
+
+    The rounds of one tree are one mechanism: they are accounted for together, from a step 1 to the next.
+    """
+
+    noise_multiplier: float
+    step: int
 
 
-def parse_event(text: str) -> GaussianEvent:
-    """Reads `event_json`. Raises ArtifactInvalid (STATE_MISMATCH) for another form."""
+Event = GaussianEvent | TreeEvent
+
+
+def events_document(events: Sequence[Event]) -> dict[str, Any]:
+    """The stored form of a release, with the class names of dp-accounting's events where it has them."""
+    parts = [_document(event) for event in events]
+    return parts[0] if len(parts) == 1 else {"class": "ComposedDpEvent", "events": parts}
+
+
+def read_events(document: Mapping[str, Any]) -> list[Event]:
+    """Reads `events_document`. Raises ArtifactInvalid (STATE_MISMATCH) for another form."""
     try:
-        fields = json.loads(text)
-        if fields["class"] != "GaussianDpEvent" or not float(fields["noise_multiplier"]) >= 0:
-            raise ValueError(fields["class"])
-        return GaussianEvent(float(fields["noise_multiplier"]))
-    except (ValueError, KeyError, TypeError) as cause:
-        raise ArtifactInvalid(Reason.STATE_MISMATCH, "a ledger entry holds no event that this version knows") from cause
+        if document["class"] == "ComposedDpEvent":
+            return [event for part in document["events"] for event in read_events(part)]
+        multiplier = float(document["noise_multiplier"])
+        if not multiplier >= 0:
+            raise ValueError(multiplier)
+        if document["class"] == "GaussianDpEvent":
+            return [GaussianEvent(multiplier)]
+        if document["class"] == "TreeAggregationStep" and int(document["step"]) >= 1:
+            return [TreeEvent(multiplier, int(document["step"]))]
+    except (ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise _unknown() from cause
+    raise _unknown()
 
 
 def composed_noise_multiplier(events: Iterable[GaussianEvent]) -> float:
@@ -43,3 +64,13 @@ def composed_noise_multiplier(events: Iterable[GaussianEvent]) -> float:
         return 0.0
     total = math.fsum(multiplier**-2 for multiplier in multipliers)
     return math.inf if total == 0 else total**-0.5
+
+
+def _document(event: Event) -> dict[str, Any]:
+    if isinstance(event, GaussianEvent):
+        return {"class": "GaussianDpEvent", "noise_multiplier": event.noise_multiplier}
+    return {"class": "TreeAggregationStep", "noise_multiplier": event.noise_multiplier, "step": event.step}
+
+
+def _unknown() -> ArtifactInvalid:
+    return ArtifactInvalid(Reason.STATE_MISMATCH, "a ledger entry holds no event that this version knows")

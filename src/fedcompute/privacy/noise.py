@@ -1,7 +1,7 @@
 """Sources of standard normal noise.
 
-Two implementations: `SystemNoise` protects people, `SeededNoise` replays simulations and tests bit for bit. A server's
-update job constructs `SystemNoise` itself; no setting, flag or request reaches the choice.
+`SystemNoise` protects people; `SeededNoise` replays simulations and tests bit for bit. A server's update job constructs
+`SystemNoise` itself; no setting, flag or request reaches the choice.
 """
 
 import os
@@ -35,6 +35,16 @@ class SystemNoise:
         radius = np.sqrt(-2.0 * np.log((bits[:pairs].astype(np.float64) + 1.0) * 2.0**-64))
         angle = bits[pairs:].astype(np.float64) * (2.0**-64 * 2.0 * np.pi)
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+class SilentNoise:
+    """No noise at all, for states whose values do not matter.
+
+    Formal guarantees: none.
+    """
+
+    def standard_normal(self, count: int) -> NDArray[np.float64]:
+        return np.zeros(count)
 
 
 class SeededNoise:

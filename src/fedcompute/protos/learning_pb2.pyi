@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LearningProcess(_message.Message):
-    __slots__ = ("version", "kind", "algorithm", "trainable", "non_trainable", "broadcasts", "updates", "metrics", "sgd", "adam", "uniform_mean", "fixed_gaussian")
+    __slots__ = ("version", "kind", "algorithm", "trainable", "non_trainable", "broadcasts", "updates", "metrics", "sgd", "adam", "uniform_mean", "fixed_gaussian", "weighted_mean", "adaptive_gaussian", "tree_aggregation", "adaptive_tree")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[LearningProcess.Kind]
@@ -38,6 +38,10 @@ class LearningProcess(_message.Message):
     ADAM_FIELD_NUMBER: _ClassVar[int]
     UNIFORM_MEAN_FIELD_NUMBER: _ClassVar[int]
     FIXED_GAUSSIAN_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTED_MEAN_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_GAUSSIAN_FIELD_NUMBER: _ClassVar[int]
+    TREE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_TREE_FIELD_NUMBER: _ClassVar[int]
     version: int
     kind: LearningProcess.Kind
     algorithm: LearningProcess.Algorithm
@@ -50,15 +54,21 @@ class LearningProcess(_message.Message):
     adam: Adam
     uniform_mean: UniformMean
     fixed_gaussian: FixedGaussian
-    def __init__(self, version: _Optional[int] = ..., kind: _Optional[_Union[LearningProcess.Kind, str]] = ..., algorithm: _Optional[_Union[LearningProcess.Algorithm, str]] = ..., trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., non_trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., broadcasts: _Optional[_Iterable[_Union[BroadcastLeaf, _Mapping]]] = ..., updates: _Optional[_Iterable[_Union[UpdateLeaf, _Mapping]]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., uniform_mean: _Optional[_Union[UniformMean, _Mapping]] = ..., fixed_gaussian: _Optional[_Union[FixedGaussian, _Mapping]] = ...) -> None: ...
+    weighted_mean: WeightedMean
+    adaptive_gaussian: AdaptiveGaussian
+    tree_aggregation: TreeAggregation
+    adaptive_tree: AdaptiveTree
+    def __init__(self, version: _Optional[int] = ..., kind: _Optional[_Union[LearningProcess.Kind, str]] = ..., algorithm: _Optional[_Union[LearningProcess.Algorithm, str]] = ..., trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., non_trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., broadcasts: _Optional[_Iterable[_Union[BroadcastLeaf, _Mapping]]] = ..., updates: _Optional[_Iterable[_Union[UpdateLeaf, _Mapping]]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., uniform_mean: _Optional[_Union[UniformMean, _Mapping]] = ..., fixed_gaussian: _Optional[_Union[FixedGaussian, _Mapping]] = ..., weighted_mean: _Optional[_Union[WeightedMean, _Mapping]] = ..., adaptive_gaussian: _Optional[_Union[AdaptiveGaussian, _Mapping]] = ..., tree_aggregation: _Optional[_Union[TreeAggregation, _Mapping]] = ..., adaptive_tree: _Optional[_Union[AdaptiveTree, _Mapping]] = ...) -> None: ...
 
 class BroadcastLeaf(_message.Message):
-    __slots__ = ("client_name", "state_name")
+    __slots__ = ("client_name", "state_name", "constant")
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_NAME_FIELD_NUMBER: _ClassVar[int]
+    CONSTANT_FIELD_NUMBER: _ClassVar[int]
     client_name: str
     state_name: str
-    def __init__(self, client_name: _Optional[str] = ..., state_name: _Optional[str] = ...) -> None: ...
+    constant: float
+    def __init__(self, client_name: _Optional[str] = ..., state_name: _Optional[str] = ..., constant: _Optional[float] = ...) -> None: ...
 
 class UpdateLeaf(_message.Message):
     __slots__ = ("spec", "role")
@@ -68,10 +78,16 @@ class UpdateLeaf(_message.Message):
         DELTA: _ClassVar[UpdateLeaf.Role]
         METRIC: _ClassVar[UpdateLeaf.Role]
         COUNT: _ClassVar[UpdateLeaf.Role]
+        WEIGHT: _ClassVar[UpdateLeaf.Role]
+        BELOW_ESTIMATE: _ClassVar[UpdateLeaf.Role]
+        ZEROED: _ClassVar[UpdateLeaf.Role]
     ROLE_UNSPECIFIED: UpdateLeaf.Role
     DELTA: UpdateLeaf.Role
     METRIC: UpdateLeaf.Role
     COUNT: UpdateLeaf.Role
+    WEIGHT: UpdateLeaf.Role
+    BELOW_ESTIMATE: UpdateLeaf.Role
+    ZEROED: UpdateLeaf.Role
     SPEC_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     spec: _tensorflow_pb2.TensorSpecProto
@@ -120,27 +136,77 @@ class FixedGaussian(_message.Message):
     report_goal: int
     def __init__(self, clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ...) -> None: ...
 
+class WeightedMean(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AdaptiveGaussian(_message.Message):
+    __slots__ = ("initial_clip_norm", "noise_multiplier", "report_goal", "target_quantile", "learning_rate")
+    INITIAL_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_GOAL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    initial_clip_norm: float
+    noise_multiplier: float
+    report_goal: int
+    target_quantile: float
+    learning_rate: float
+    def __init__(self, initial_clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ..., target_quantile: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class TreeAggregation(_message.Message):
+    __slots__ = ("clip_norm", "noise_multiplier", "report_goal", "zeroing_norm")
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_GOAL_FIELD_NUMBER: _ClassVar[int]
+    ZEROING_NORM_FIELD_NUMBER: _ClassVar[int]
+    clip_norm: float
+    noise_multiplier: float
+    report_goal: int
+    zeroing_norm: float
+    def __init__(self, clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ..., zeroing_norm: _Optional[float] = ...) -> None: ...
+
+class AdaptiveTree(_message.Message):
+    __slots__ = ("initial_clip_norm", "noise_multiplier", "report_goal", "zeroing_norm", "target_quantile", "learning_rate", "restart_period", "restart_offset")
+    INITIAL_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_GOAL_FIELD_NUMBER: _ClassVar[int]
+    ZEROING_NORM_FIELD_NUMBER: _ClassVar[int]
+    TARGET_QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    RESTART_PERIOD_FIELD_NUMBER: _ClassVar[int]
+    RESTART_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    initial_clip_norm: float
+    noise_multiplier: float
+    report_goal: int
+    zeroing_norm: float
+    target_quantile: float
+    learning_rate: float
+    restart_period: int
+    restart_offset: int
+    def __init__(self, initial_clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ..., zeroing_norm: _Optional[float] = ..., target_quantile: _Optional[float] = ..., learning_rate: _Optional[float] = ..., restart_period: _Optional[int] = ..., restart_offset: _Optional[int] = ...) -> None: ...
+
 class PartialSum(_message.Message):
-    __slots__ = ("version", "num_inputs", "plan_digest", "lattice_step", "leaves")
+    __slots__ = ("version", "num_inputs", "plan_digest", "leaves")
     class Leaf(_message.Message):
-        __slots__ = ("name", "shape", "lattice", "real")
+        __slots__ = ("name", "shape", "lattice", "real", "lattice_step")
         NAME_FIELD_NUMBER: _ClassVar[int]
         SHAPE_FIELD_NUMBER: _ClassVar[int]
         LATTICE_FIELD_NUMBER: _ClassVar[int]
         REAL_FIELD_NUMBER: _ClassVar[int]
+        LATTICE_STEP_FIELD_NUMBER: _ClassVar[int]
         name: str
         shape: _containers.RepeatedScalarFieldContainer[int]
         lattice: bytes
         real: bytes
-        def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., lattice: _Optional[bytes] = ..., real: _Optional[bytes] = ...) -> None: ...
+        lattice_step: float
+        def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., lattice: _Optional[bytes] = ..., real: _Optional[bytes] = ..., lattice_step: _Optional[float] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_INPUTS_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    LATTICE_STEP_FIELD_NUMBER: _ClassVar[int]
     LEAVES_FIELD_NUMBER: _ClassVar[int]
     version: int
     num_inputs: int
     plan_digest: bytes
-    lattice_step: float
     leaves: _containers.RepeatedCompositeFieldContainer[PartialSum.Leaf]
-    def __init__(self, version: _Optional[int] = ..., num_inputs: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., lattice_step: _Optional[float] = ..., leaves: _Optional[_Iterable[_Union[PartialSum.Leaf, _Mapping]]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., num_inputs: _Optional[int] = ..., plan_digest: _Optional[bytes] = ..., leaves: _Optional[_Iterable[_Union[PartialSum.Leaf, _Mapping]]] = ...) -> None: ...

@@ -25,20 +25,20 @@ BYTES_LIMIT = 8 << 30
 class PartialSum:
     """The sum of `num_inputs` contributions to the plan with digest `plan_digest`.
 
-    `lattice`: leaf -> int64 array in steps of `lattice_step` model units; `real`: leaf -> float64 array.
+    `lattice`: leaf -> int64 array in steps of `steps[leaf]` model units; `real`: leaf -> float64 array.
     """
 
     plan_digest: bytes
     num_inputs: int
-    lattice_step: float
+    steps: Mapping[str, float]
     lattice: Mapping[str, NDArray[np.int64]]
     real: Mapping[str, NDArray[np.float64]]
 
 
 def merge(first: PartialSum, second: PartialSum) -> PartialSum:
-    """The sum of both. Raises ArtifactInvalid (PARTIAL_SUM_MISMATCH) unless plan, step, leaves and shapes agree."""
+    """The sum of both. Raises ArtifactInvalid (PARTIAL_SUM_MISMATCH) unless plan, steps, leaves and shapes agree."""
     if (
-        (first.plan_digest, first.lattice_step) != (second.plan_digest, second.lattice_step)
+        (first.plan_digest, first.steps) != (second.plan_digest, second.steps)
         or _layout(first) != _layout(second)
         or first.num_inputs + second.num_inputs > MAX_INPUTS
     ):
@@ -46,7 +46,7 @@ def merge(first: PartialSum, second: PartialSum) -> PartialSum:
     return PartialSum(
         plan_digest=first.plan_digest,
         num_inputs=first.num_inputs + second.num_inputs,
-        lattice_step=first.lattice_step,
+        steps=first.steps,
         lattice={name: value + second.lattice[name] for name, value in first.lattice.items()},
         real={name: value + second.real[name] for name, value in first.real.items()},
     )
@@ -55,18 +55,16 @@ def merge(first: PartialSum, second: PartialSum) -> PartialSum:
 def encode(total: PartialSum) -> bytes:
     """Serialized `fedcompute.v1.PartialSum`, deterministic for equal sums."""
     leaves = [
-        learning_pb2.PartialSum.Leaf(name=name, shape=value.shape, lattice=value.astype("<i8").tobytes())
+        learning_pb2.PartialSum.Leaf(
+            name=name, shape=value.shape, lattice=value.astype("<i8").tobytes(), lattice_step=total.steps[name]
+        )
         for name, value in total.lattice.items()
     ] + [
         learning_pb2.PartialSum.Leaf(name=name, shape=value.shape, real=value.astype("<f8").tobytes())
         for name, value in total.real.items()
     ]
     return learning_pb2.PartialSum(
-        version=VERSION,
-        num_inputs=total.num_inputs,
-        plan_digest=total.plan_digest,
-        lattice_step=total.lattice_step,
-        leaves=leaves,
+        version=VERSION, num_inputs=total.num_inputs, plan_digest=total.plan_digest, leaves=leaves
     ).SerializeToString(deterministic=True)
 
 
@@ -75,14 +73,15 @@ def decode(data: bytes) -> PartialSum:
     message = learning_pb2.PartialSum()
     try:
         if len(data) > BYTES_LIMIT:
-            raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"{len(data)} bytes, over {BYTES_LIMIT}")
+            raise _malformed(f"{len(data)} bytes, over {BYTES_LIMIT}")
         message.ParseFromString(data)
     except DecodeError as cause:
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"{len(data)} bytes are no partial sum") from cause
+        raise _malformed(f"{len(data)} bytes are no partial sum") from cause
     if message.version != VERSION:
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"version {message.version}, not {VERSION}")
-    if message.num_inputs > MAX_INPUTS or not (math.isfinite(message.lattice_step) and message.lattice_step >= 0):
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, "the number of inputs or the lattice step is out of range")
+        raise _malformed(f"version {message.version}, not {VERSION}")
+    if message.num_inputs > MAX_INPUTS:
+        raise _malformed(f"{message.num_inputs} inputs, over {MAX_INPUTS}")
+    steps: dict[str, float] = {}
     lattice: dict[str, NDArray[np.int64]] = {}
     real: dict[str, NDArray[np.float64]] = {}
     for leaf in message.leaves:
@@ -90,15 +89,22 @@ def decode(data: bytes) -> PartialSum:
         payload = leaf.lattice if kind == "lattice" else leaf.real
         shape = tuple(leaf.shape)
         if kind is None or min(shape, default=1) < 0 or math.prod(shape) * 8 != len(payload):
-            raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"leaf {leaf.name!r} does not hold shape {shape}")
-        if kind == "lattice":
-            lattice[leaf.name] = np.frombuffer(payload, "<i8").reshape(shape)
-        else:
+            raise _malformed(f"leaf {leaf.name!r} does not hold shape {shape}")
+        if kind == "real":
             real[leaf.name] = np.frombuffer(payload, "<f8").reshape(shape)
-    return PartialSum(message.plan_digest, message.num_inputs, message.lattice_step, lattice, real)
+            continue
+        if not (math.isfinite(leaf.lattice_step) and leaf.lattice_step > 0):
+            raise _malformed(f"leaf {leaf.name!r} has lattice step {leaf.lattice_step}")
+        steps[leaf.name] = leaf.lattice_step
+        lattice[leaf.name] = np.frombuffer(payload, "<i8").reshape(shape)
+    return PartialSum(message.plan_digest, message.num_inputs, steps, lattice, real)
 
 
 def _layout(total: PartialSum) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: ("lattice", value.shape) for name, value in total.lattice.items()} | {
         name: ("real", value.shape) for name, value in total.real.items()
     }
+
+
+def _malformed(detail: str) -> ArtifactInvalid:
+    return ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, detail)

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 
 from fedcompute.crypto.envelope import gzip_bytes, open_update
 from fedcompute.errors import FedComputeError, Reason, UploadRejected
-from fedcompute.learning.contribution import Contribution, add, empty_sum, read_contribution
+from fedcompute.learning.contribution import (
+    Contribution,
+    add,
+    clip_norm_leaf,
+    clip_norm_told,
+    empty_sum,
+    read_contribution,
+)
 from fedcompute.protos import learning_pb2
-from fedcompute.server.rounds.plans import read_server_plan
+from fedcompute.server.rounds.plans import read_server_plan, read_stored
 from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, open_blob_store
 from fedcompute.storage.paths import AGGREGATED, GRADIENT, MODEL
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint
@@ -21,13 +28,15 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AggregateJob:
-    """What a worker needs: where the plan, the uploads (session id, path) in order, and the result are; sizes in bytes.
+    """What a worker needs; sizes in bytes.
 
+    The paths say where the plan lies, what devices were told, the uploads (session id, path) in order, and the result.
     `private_keys`: key id -> raw private key.
     """
 
     blob_url: str
     plan_path: str
+    client_checkpoint_path: str
     uploads: tuple[tuple[str, str], ...]
     output_path: str
     max_upload_bytes: int
@@ -62,12 +71,13 @@ def aggregate(job: AggregateJob) -> AggregateResult:
     blobs = open_blob_store(job.blob_url)
     plan = read_server_plan(blobs.get(MODEL, job.plan_path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
     limit = min(job.max_checkpoint_bytes, update_bytes_limit(plan.process))
-    total = empty_sum(plan.process, plan.digest)
+    clip_norm = _clip_norm(blobs, plan.process, job)
+    total = empty_sum(plan.process, plan.digest, clip_norm)
     rejected: list[Rejected] = []
     for session_id, path in job.uploads:
         try:
             stored = _fetch(blobs, path, job.max_upload_bytes)
-            total = add(total, _judge(plan.process, stored, job, limit))
+            total = add(total, _judge(plan.process, stored, job, limit, clip_norm))
         except UploadRejected as error:
             rejected.append(Rejected(session_id, error.reason, error.detail))
     blobs.put(AGGREGATED, job.output_path, gzip_bytes(encode(total)))
@@ -90,10 +100,20 @@ def _fetch(blobs: BlobStore, path: str, limit: int) -> bytes:
         raise UploadRejected(Reason.UPLOAD_TOO_LARGE, f"the stored upload has more than {limit} bytes") from error
 
 
-def _judge(process: learning_pb2.LearningProcess, stored: bytes, job: AggregateJob, limit: int) -> Contribution:
+def _clip_norm(blobs: BlobStore, process: learning_pb2.LearningProcess, job: AggregateJob) -> float | None:
+    if clip_norm_leaf(process) is None:
+        return None
+    limit = job.max_checkpoint_bytes
+    told = read_stored(blobs.get(MODEL, job.client_checkpoint_path, limit=limit), limit)
+    return clip_norm_told(process, read_checkpoint(told, CheckpointLimits(max_bytes=limit)))
+
+
+def _judge(
+    process: learning_pb2.LearningProcess, stored: bytes, job: AggregateJob, limit: int, clip_norm: float | None
+) -> Contribution:
     try:
         checkpoint = open_update(stored, job.private_keys, allow_plaintext=job.allow_plaintext, limit=limit)
-        return read_contribution(process, read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit)))
+        return read_contribution(process, read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit)), clip_norm)
     except UploadRejected:
         raise
     except FedComputeError as error:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 
+from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.aggregate import AggregateJob, AggregateResult, aggregate
@@ -28,7 +29,7 @@ from fedcompute.storage.batches import (
 )
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.iterations import IterationRow, list_iterations, move_iteration
-from fedcompute.storage.paths import GRADIENT, aggregate_path, server_plan_path, update_path
+from fedcompute.storage.paths import GRADIENT, aggregate_path, client_checkpoint_path, server_plan_path, update_path
 from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus
 from fedcompute.storage.secrets import private_keys
 
@@ -148,7 +149,7 @@ def _form_batches(context: Context, tx: Transaction, iteration: IterationRow, ca
 def _fixed_denominator(context: Context, iteration: IterationRow) -> bool:
     process = context.plans.server_plan(iteration.key.task).process
     training = process.kind == learning_pb2.LearningProcess.TRAINING
-    return training and process.WhichOneof("aggregator") == "fixed_gaussian"
+    return training and aggregator_of(process).fixed_denominator
 
 
 def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> AggregateJob:
@@ -159,6 +160,7 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
     return AggregateJob(
         blob_url=settings.blobs,
         plan_path=server_plan_path(task),
+        client_checkpoint_path=client_checkpoint_path(task, iteration.base_on_result_id),
         uploads=tuple((one, update_path(task, iteration.result_id, one)) for one in members),
         output_path=aggregate_path(task, iteration.result_id, batch.key.batch_id),
         max_upload_bytes=settings.max_upload_bytes,

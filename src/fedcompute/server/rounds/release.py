@@ -1,11 +1,10 @@
 """Applying: a round's sums become a released model, its metrics and its ledger entry, together (spec/server.md 5.3)."""
 
-import json
 import logging
 import math
 
 from fedcompute.errors import FedComputeError
-from fedcompute.privacy.ledger import event_json
+from fedcompute.privacy.ledger import events_document
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.schedule import fail
 from fedcompute.server.rounds.update import UpdateJob, UpdateResult, update
@@ -65,11 +64,11 @@ def _trains_on(task: TaskRow, iteration: IterationRow) -> bool:
 
 
 def _entry(iteration: IterationRow, result: UpdateResult) -> LedgerEntry | None:
-    if result.event is None:
+    if not result.events:
         return None
     return LedgerEntry(
         iteration=iteration.key,
-        event=json.loads(event_json(result.event)),
+        event=events_document(result.events),
         clip_norm=result.clip_norm,
         report_goal=iteration.report_goal,
         contributions=result.contributions,

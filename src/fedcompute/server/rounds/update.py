@@ -6,7 +6,7 @@ from functools import reduce
 
 from fedcompute.crypto.envelope import gzip_bytes
 from fedcompute.errors import ArtifactInvalid, Reason
-from fedcompute.learning.aggregators import aggregator_of
+from fedcompute.learning.contribution import clip_norm_told
 from fedcompute.learning.process import (
     client_checkpoint,
     metrics_json,
@@ -14,8 +14,8 @@ from fedcompute.learning.process import (
     read_state,
     round_update,
 )
-from fedcompute.privacy.ledger import GaussianEvent
-from fedcompute.privacy.noise import SystemNoise
+from fedcompute.privacy.ledger import Event
+from fedcompute.privacy.noise import NoiseSource, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.rounds.plans import read_server_plan, read_stored
 from fedcompute.storage.blobs import BlobStore, open_blob_store
@@ -41,17 +41,18 @@ class UpdateJob:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What the round released: metrics (NaN where undefined), the DP event if any, and how many devices are in it."""
+    """What the round released: metrics (NaN where undefined), the DP events if any, and how many devices are in it."""
 
     metrics: Mapping[str, float]
-    event: GaussianEvent | None
+    events: tuple[Event, ...]
     clip_norm: float | None
     contributions: int
 
 
-def update(job: UpdateJob) -> UpdateResult:
+def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult:
     """Merges the sums, applies them to the model and stores server checkpoint, metrics and client checkpoint.
 
+    `noise`: for an executor that a test makes; servers have no way to name one and always get `SystemNoise`.
     An evaluation stores its metrics only. Raises ArtifactInvalid for artifacts that do not fit each other and
     OperationFailed for storage that fails.
 
@@ -65,7 +66,7 @@ def update(job: UpdateJob) -> UpdateResult:
     process = plan.process
     base = read_state(process, _read_leaves(blobs, job.base_path, limit))
     total = reduce(merge, (_read_sum(blobs, path, plan.digest, limit) for path in job.sum_paths))
-    result = round_update(process, base, total, SystemNoise())
+    result = round_update(process, base, total, noise or SystemNoise())
     metrics, state = result.metrics, result.state
     if process.kind == learning_pb2.LearningProcess.TRAINING:
         data = gzip_bytes(write_checkpoint(result.checkpoint()))
@@ -74,8 +75,8 @@ def update(job: UpdateJob) -> UpdateResult:
             metrics, state = metrics_of_checkpoint(process, released), read_state(process, released)
         blobs.put(MODEL, job.client_checkpoint_path, client_checkpoint_bytes(process, state))
     blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
-    clip_norm = aggregator_of(process).clip_norm(process) if result.event else None
-    return UpdateResult(dict(metrics), result.event, clip_norm, total.num_inputs)
+    clip_norm = clip_norm_told(process, client_checkpoint(process, base)) if result.events else None
+    return UpdateResult(dict(metrics), result.events, clip_norm, total.num_inputs)
 
 
 def client_checkpoint_bytes(process: learning_pb2.LearningProcess, state: Tensors) -> bytes:
