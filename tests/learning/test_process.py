@@ -280,12 +280,16 @@ def test_plans_without_a_known_learning_process_are_refused():
     later = plan_pb2.Plan()
     later.CopyFrom(plan)
     later.learning_process.version = 2
+    unknown = plan_pb2.Plan()
+    unknown.CopyFrom(plan)
+    unknown.learning_process.metrics[0].name = "charm"
     empty = plan_pb2.Plan(phase=[plan_pb2.Plan.Phase()])
     for data, reason in [
         (b"\xff", Reason.PLAN_MALFORMED),
         (b"", Reason.PLAN_MALFORMED),
         (empty.SerializeToString(), Reason.PLAN_UNSUPPORTED),
         (later.SerializeToString(), Reason.PLAN_UNSUPPORTED),
+        (unknown.SerializeToString(), Reason.PLAN_UNSUPPORTED),
     ]:
         with pytest.raises(ArtifactInvalid) as refusal:
             plans.read_plan(data)

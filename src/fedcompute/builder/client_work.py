@@ -6,9 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from fedcompute.builder.client_metrics import METRIC_UPDATES, Batch
+from fedcompute.builder.client_metrics import update_metrics
 from fedcompute.builder.client_optimizers import ClientOptimizer
-from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.builder.metric_batch import Batch
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.protos import learning_pb2
 
@@ -131,23 +131,9 @@ def _zeros(work: Work) -> tuple[Tensors, ...]:
 
 
 def _measure(work: Work, states: Any, output: Any, label: tf.Tensor, batch_loss: tf.Tensor) -> tuple[Tensors, ...]:
-    outputs = tf.nest.flatten(output)
-    # The field's convention for a triple of outputs: the third are the predictions (spec/task-builder.md 4.2).
-    prediction = outputs[2] if len(outputs) == 3 else outputs[0]
-    batch = Batch(label, prediction, tf.cast(batch_loss, tf.float32), _batch_size(output))
-    return tuple(_update_metric(m.name, state, batch) for m, state in zip(work.metrics, states, strict=True))
-
-
-def _update_metric(name: str, state: Tensors, batch: Batch) -> Tensors:
-    try:
-        return METRIC_UPDATES[name](state, batch)
-    except (ValueError, TypeError, tf.errors.InvalidArgumentError) as error:
-        raise ArtifactInvalid(
-            Reason.MODEL_UNSUPPORTED,
-            f"metric {name!r} does not fit labels of shape {batch.label.shape} and predictions of shape "
-            f"{batch.prediction.shape}",
-            remedy="leave the metric out, or change the model's output",
-        ) from error
+    outputs = tuple(tf.nest.flatten(output))
+    batch = Batch(label, outputs, tf.cast(batch_loss, tf.float32))
+    return update_metrics([metric.name for metric in work.metrics], states, batch)
 
 
 def _where_finite(judged: Tensors, *groups: Tensors) -> tuple[Tensors, ...]:

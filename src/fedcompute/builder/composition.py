@@ -40,7 +40,9 @@ SERVER_OPTIMIZERS: Mapping[int, Callable[[float], _ServerOptimizer]] = {
     _Optimizer.ADAM: lambda rate: learning_pb2.Adam(learning_rate=rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7),
 }
 # A metric needs both halves: its update on the device and its finalizer on the server.
-ALLOWED_METRICS = tuple(name for name in METRICS if name in METRIC_UPDATES and name != LOSS.name)
+ALLOWED_METRICS = tuple(name for name in METRICS if name in METRIC_UPDATES)
+# A beginning that fits more names than this suggests nothing.
+_MOST_SUGGESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ def choose(settings: BuildSettings) -> Choices:
 
 
 def choose_metrics(names: Sequence[str]) -> MetricChoice:
-    """Rejected names do not fail a build; they are left out and reported."""
-    rejected = tuple(name for name in names if name not in ALLOWED_METRICS)
+    """Splits configured names by the allow-list, in their order; of a name that comes twice the first counts.
+
+    Rejected names do not fail a build; they are left out and reported. So is `loss`, which is measured in any case.
+    """
+    distinct = tuple(dict.fromkeys(names))
+    rejected = tuple(name for name in distinct if name not in ALLOWED_METRICS)
     return MetricChoice(
-        accepted=tuple(name for name in names if name in ALLOWED_METRICS),
+        accepted=tuple(name for name in distinct if name in ALLOWED_METRICS),
         rejected=rejected,
         warnings=tuple(f"metric {name!r} is left out: {_nearest(name)}" for name in rejected),
     )
@@ -108,5 +114,22 @@ def _specs(weights: Sequence[NDArray[Any]]) -> list[LeafSpec]:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), ALLOWED_METRICS, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(ALLOWED_METRICS)}"
+    if name == LOSS.name:
+        return "it is always measured and need not be named"
+    wanted = name.strip().lower().replace(" ", "_").replace("-", "_")
+    near = [m for m in ALLOWED_METRICS if wanted in (_plain(m), _initials(m)) or (wanted and m.startswith(wanted))]
+    if not near:
+        plain = {_plain(metric): metric for metric in ALLOWED_METRICS}
+        near = [plain[close] for close in difflib.get_close_matches(wanted, plain, n=1, cutoff=0.5)]
+    if not near or len(near) > _MOST_SUGGESTIONS:
+        return f"allowed are {', '.join(ALLOWED_METRICS)}"
+    return f"did you mean {' or '.join(map(repr, near))}?"
+
+
+def _plain(metric: str) -> str:
+    return metric.replace("-", "_")
+
+
+def _initials(metric: str) -> str:
+    """The usual short form: mse for mean_squared_error."""
+    return "".join(word[0] for word in metric.split("_"))

@@ -6,6 +6,7 @@ from google.protobuf.message import DecodeError
 
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.learning.catalogue import AGGREGATORS
+from fedcompute.learning.metrics import LOSS, METRICS
 from fedcompute.learning.optimizers import OPTIMIZERS
 from fedcompute.learning.specification import VERSION
 from fedcompute.protos import learning_pb2, plan_pb2
@@ -37,6 +38,13 @@ def read_plan(data: bytes) -> plan_pb2.Plan:
     for member, table in known.items():
         if process.WhichOneof(member) not in table:
             raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"the learning process has no known {member}")
+    for metric in process.metrics:
+        known_metric = METRICS.get(metric.name, LOSS if metric.name == LOSS.name else None)
+        if known_metric is None or len(known_metric.state) != len(metric.update_names):
+            raise ArtifactInvalid(
+                Reason.PLAN_UNSUPPORTED,
+                f"metric {metric.name!r} with {len(metric.update_names)} state leaves is unknown",
+            )
     if process.kind not in (learning_pb2.LearningProcess.TRAINING, learning_pb2.LearningProcess.EVALUATION):
         raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"unknown kind of learning process: {process.kind}")
     return plan
