@@ -3,7 +3,7 @@ import pytest
 from fedcompute.builder.differential_privacy import check_dp, dp_parameters
 from fedcompute.builder.validation import validate
 from fedcompute.errors import ConfigInvalid
-from fedcompute.privacy.accounting import poisson_epsilon
+from fedcompute.privacy.accounting import poisson_epsilon, tree_epsilon
 from fedcompute.protos import task_builder_pb2
 
 NO_FLAGS = task_builder_pb2.ExperimentFlags()
@@ -39,11 +39,18 @@ def test_noise_too_small_for_the_target_is_refused_with_both_numbers(config):
     assert "the target is 10" in caught.value.detail
 
 
-@pytest.mark.parametrize("name", ["TREE_AGGREGATION", "ADAPTIVE_GAUSSIAN", "ADAPTIVE_TREE"])
-def test_a_type_that_is_not_offered_is_refused_by_name(config, name):
+@pytest.mark.parametrize("name", ["TREE_AGGREGATION", "ADAPTIVE_TREE"])
+def test_tree_types_are_accounted_for_as_one_tree_of_all_rounds(config, name):
     config.differential_privacy.type = task_builder_pb2.DpAggregator.Enum.Value(name)
-    with pytest.raises(ConfigInvalid, match=f"key `type` has a bad value: `{name}` in `differential_privacy`"):
-        dp_parameters(validate(config, NO_FLAGS))
+    dp = dp_parameters(validate(config, NO_FLAGS))
+    assert dp.epsilon == tree_epsilon(dp.noise_multiplier, (dp.rounds,), dp.delta)
+
+
+def test_adaptive_types_begin_with_their_own_clip_norm_and_a_default(config):
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.ADAPTIVE_TREE
+    assert dp_parameters(validate(config, NO_FLAGS)).clip_norm == 0.1
+    config.differential_privacy.init_clip_norm = 0.7
+    assert dp_parameters(validate(config, NO_FLAGS)).clip_norm == 0.7
 
 
 def test_a_clip_norm_that_a_plan_cannot_hold_is_refused(config):
