@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.api import assignments, blobs, health, keys, operator, reports, tasks
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
+from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, ProcessExecutor
 from fedcompute.server.rounds.engine import Engine
@@ -24,7 +25,8 @@ from fedcompute.server.rounds.passes import Passes
 from fedcompute.server.security.keys import current_keys
 from fedcompute.server.settings import Settings
 from fedcompute.storage.blobs import open_blob_store
-from fedcompute.storage.database import Database
+from fedcompute.storage.claim import Claim
+from fedcompute.storage.database import Database, sqlite_file
 from fedcompute.storage.secrets import ensure_secret
 
 # A device's certificate chain in a header takes 4-8 KiB (spec/device.md 1.2).
@@ -43,7 +45,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
-            database = await run_in_threadpool(_open_database, settings)
+            claim, database = await run_in_threadpool(_open_database, settings)
         except FedComputeError as error:
             app.state.start_error = error
             raise
@@ -64,6 +66,8 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         finally:
             workers.close()
             database.close()
+            if claim is not None:
+                claim.close()
 
     return Starlette(
         routes=[
@@ -109,7 +113,8 @@ def server(settings: Settings, executor: Executor | None = None) -> uvicorn.Serv
         create_app(settings, executor),
         host=settings.host,
         port=settings.port,
-        http="h11",
+        http=BoundedConnection,
+        ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES_LIMIT,
         lifespan="on",
         access_log=False,
@@ -120,13 +125,20 @@ def server(settings: Settings, executor: Executor | None = None) -> uvicorn.Serv
     return uvicorn.Server(config)
 
 
-def _open_database(settings: Settings) -> Database:
+def _open_database(settings: Settings) -> tuple[Claim | None, Database]:
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         detail = f"the data directory cannot be made: {error.strerror}"
         raise OperationFailed(Reason.SETTINGS_INVALID, detail) from error
-    return Database.open(settings.database)
+    file = sqlite_file(settings.database)
+    claim = Claim(file.with_name(file.name + ".lock")) if file is not None else None
+    try:
+        return claim, Database.open(settings.database)
+    except BaseException:
+        if claim is not None:
+            claim.close()
+        raise
 
 
 def _context(settings: Settings, database: Database, executor: Executor, engine: Engine) -> Context:

@@ -15,6 +15,7 @@ class Reason(StrEnum):
     MALFORMED_REQUEST = "malformed_request"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     REQUEST_TOO_LARGE = "request_too_large"
+    REQUEST_TOO_SLOW = "request_too_slow"
     BAD_SIGNATURE = "bad_signature"
     URL_EXPIRED = "url_expired"
     NOT_FOUND = "not_found"
@@ -65,6 +66,7 @@ class Reason(StrEnum):
     NO_ENCRYPTION_KEY = "no_encryption_key"
     # Operation
     STORAGE_FAILED = "storage_failed"
+    DATA_IN_USE = "data_in_use"
     BLOB_TOO_LARGE = "blob_too_large"
     SETTINGS_INVALID = "settings_invalid"
     BUDGET_SPENT = "budget_spent"
@@ -85,6 +87,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.MALFORMED_REQUEST: Entry(400, "send the message that the route documents, as binary protobuf"),
     Reason.UNSUPPORTED_MEDIA_TYPE: Entry(415, "set content-type: application/x-protobuf"),
     Reason.REQUEST_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
+    Reason.REQUEST_TOO_SLOW: Entry(408, "send again over a better connection"),
     Reason.BAD_SIGNATURE: Entry(403, "use the signed URL exactly as it was handed out, headers included"),
     Reason.URL_EXPIRED: Entry(403, "ask the server for a fresh URL"),
     Reason.NOT_FOUND: Entry(404, "check the names and ids in the URL"),
@@ -108,8 +111,10 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.CHECKPOINT_TOO_LARGE: Entry(413, "raise the checkpoint limits if the model is really that large"),
     Reason.PLAN_MALFORMED: Entry(400, "build the plan again"),
     Reason.PLAN_UNSUPPORTED: Entry(400, "build the plan with this system's task builder"),
-    Reason.PARTIAL_SUM_MALFORMED: Entry(500, "delete the partial sum; the batch is aggregated again"),
-    Reason.PARTIAL_SUM_MISMATCH: Entry(500, "delete the partial sum; the batch is aggregated again"),
+    Reason.PARTIAL_SUM_MALFORMED: Entry(
+        500, "check the storage; the uploads that the sum held are lost or damaged too"
+    ),
+    Reason.PARTIAL_SUM_MISMATCH: Entry(500, "check the storage; the uploads that the sum held are lost or damaged too"),
     Reason.STATE_MISMATCH: Entry(400, "upload the initial checkpoint that was built with this plan"),
     Reason.SAVED_MODEL_INVALID: Entry(400, "save the model with save_functional_model"),
     Reason.MODEL_UNSUPPORTED: Entry(400, "change the model as the message says"),
@@ -130,6 +135,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
+    Reason.DATA_IN_USE: Entry(409, "stop the other server, or choose another data directory"),
     Reason.BLOB_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
     Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
     Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),

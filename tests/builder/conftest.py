@@ -59,7 +59,7 @@ def reference() -> Path:
 
 @pytest.fixture
 def config():
-    return read_config(CONFIG)
+    return read_config(CONFIG).config
 
 
 @pytest.fixture(scope="session")
@@ -93,20 +93,34 @@ def _allowed_sparse_crossentropy(label, output):
 
 @pytest.fixture(scope="session")
 def cnn_model(tmp_path_factory) -> Path:
-    """A saved model with a convolution, whose gradient no device has."""
+    """A saved model with a convolution, whose gradient devices have only in other operations."""
+    import keras
+
+    return _saved_image_model(tmp_path_factory.mktemp("cnn"), [keras.layers.Conv2D(2, 3)])
+
+
+@pytest.fixture(scope="session")
+def refused_model(tmp_path_factory) -> Path:
+    """A saved model with a layer whose gradient no device has in any form."""
+    import keras
+
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.UpSampling2D(interpolation="bilinear")]
+    return _saved_image_model(tmp_path_factory.mktemp("refused"), layers)
+
+
+def _saved_image_model(directory, layers) -> Path:
     import keras
     import tensorflow as tf
 
     from fedcompute.models.functional_model import functional_model_from_keras
     from fedcompute.models.saved_model import save_functional_model
 
-    layers = [keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 3), keras.layers.Flatten(), keras.layers.Dense(3)]
     model = functional_model_from_keras(
-        keras_model=keras.Sequential(layers),
+        keras_model=keras.Sequential([keras.Input((8, 8, 1)), *layers, keras.layers.Flatten(), keras.layers.Dense(3)]),
         loss_fn=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         input_spec=(tf.TensorSpec([None, 8, 8, 1], tf.float32), tf.TensorSpec([None, 1], tf.int64)),
     )
-    path = tmp_path_factory.mktemp("cnn") / "model"
+    path = directory / "model"
     save_functional_model(model, path)
     return path
 

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from fedcompute.builder import archive
-from fedcompute.builder.archive import pack_directory, unpack
+from fedcompute.builder.archive import MAX_CONFIG_BYTES, config_in_archive, is_archive, pack_directory, unpack
 from fedcompute.errors import ArtifactInvalid
 
 
@@ -91,3 +91,33 @@ def test_a_damaged_archive_is_refused(model, target):
     data[45] ^= 0xFF
     with pytest.raises(ArtifactInvalid, match="cannot be read"):
         unpack(bytes(data), target)
+
+
+@pytest.mark.parametrize("name", ["task.pbtxt", "fcp_server_config.json", "bundle/config.textproto", "a.TXT"])
+def test_the_configuration_beside_a_model_is_found(name, tmp_path):
+    data = zipped([("model/saved_model.pb", b"graph"), ("model/assets/words.txt", b""), (name, b"mode: EVAL_ONLY")])
+    bundle = io.BytesIO(data)
+    assert is_archive(bundle)
+    assert config_in_archive(bundle) == b"mode: EVAL_ONLY"
+    if "/" not in name:
+        assert unpack(data, tmp_path).name == "model"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["saved_model.pb", "variables/a.txt", ".hidden.json"], "found: none"),
+        (["a.pbtxt", "b.json"], "found: a.pbtxt, b.json"),
+    ],
+)
+def test_none_or_several_configurations_are_refused_by_name(files, words):
+    with pytest.raises(ArtifactInvalid, match=words):
+        config_in_archive(io.BytesIO(zipped([(name, b"") for name in files])))
+
+
+def test_a_damaged_or_oversized_configuration_does_no_harm():
+    data = zipped([("a.pbtxt", b"#" * (MAX_CONFIG_BYTES + 10))])
+    assert len(config_in_archive(io.BytesIO(data))) == MAX_CONFIG_BYTES + 1
+    with pytest.raises(ArtifactInvalid, match="cannot be read"):
+        config_in_archive(io.BytesIO(b"PK\x03\x04 and no more"))
+    assert not is_archive(io.BytesIO(b"mode: EVAL_ONLY"))

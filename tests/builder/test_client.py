@@ -1,3 +1,5 @@
+import zipfile
+
 import pytest
 
 from fedcompute.builder.client import SUCCESS, build_request, load_config, render, send
@@ -10,8 +12,8 @@ Flags = task_builder_pb2.ExperimentFlags
 def test_a_configuration_is_read_by_path_and_by_uri(tmp_path):
     path = tmp_path / "fcp_server_config.json"
     path.write_text('# text format, whatever the name\n  population_name: "a"\n')
-    assert load_config(str(path)).population_name == "a"
-    assert load_config(path.as_uri(), population_name="b").population_name == "b"
+    assert load_config(str(path)).config.population_name == "a"
+    assert load_config(path.as_uri(), population_name="b").config.population_name == "b"
 
 
 def test_a_configuration_that_cannot_be_loaded_is_reported_in_the_published_words(tmp_path):
@@ -22,6 +24,20 @@ def test_a_configuration_that_cannot_be_loaded_is_reported_in_the_published_word
     assert caught.value.detail.startswith(f"Cannot load task config from {path}. line 1, column 1: unknown field")
     with pytest.raises(ConfigInvalid, match="Cannot load task config from nowhere"):
         load_config("nowhere")
+
+
+def test_a_configuration_is_read_from_the_archive_that_holds_the_model(tmp_path):
+    bundle = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(bundle, "w") as archive:
+        archive.writestr("model/saved_model.pb", b"graph")
+        archive.writestr("config.json", 'population_name: "a" differential_privacy { type: TREE }')
+    loaded = load_config(str(bundle))
+    assert loaded.config.population_name == "a"
+    assert loaded.warnings == ("config line 1: 'TREE' read as 'TREE_AGGREGATION'",)
+    with zipfile.ZipFile(bundle, "a") as archive:
+        archive.writestr("other.pbtxt", "")
+    with pytest.raises(ConfigInvalid, match=r"Cannot load task config from .* must hold one task configuration"):
+        load_config(str(bundle))
 
 
 def test_a_local_model_travels_inline_and_a_uri_is_passed_on(tmp_path, config):

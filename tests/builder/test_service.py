@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from fedcompute.builder.client import build_request, send
 from fedcompute.builder.service import ServiceSettings, create_service
+from fedcompute.builder.task_management import PROTOBUF
 from fedcompute.learning.plans import read_plan
 from fedcompute.protos import plan_pb2, task_builder_pb2, task_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint
@@ -70,6 +71,7 @@ def service(serve, tmp_path_factory):
     management = TaskManagement()
     root = tmp_path_factory.mktemp("storage") / "out"
     with serve(management.app) as management_url:
+        management.url = management_url
         settings = ServiceSettings(task_management_url=f"{management_url}/", storage_root=root)
         with serve(create_service(settings)) as url:
             yield management, url, root
@@ -137,8 +139,10 @@ def test_a_refused_second_task_undoes_the_first_and_the_reason_reaches_the_user(
     assert not task_management.objects
 
 
-def test_every_kind_of_failure_has_its_type_text_and_report(builder, task_management, config, request_of, cnn_model):
-    refused = send(request_of(model=cnn_model), builder)
+def test_every_kind_of_failure_has_its_type_text_and_report(
+    builder, task_management, config, request_of, refused_model
+):
+    refused = send(request_of(model=refused_model), builder)
     assert refused.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR
     text = refused.error_info.error_message
     assert text.startswith(
@@ -199,9 +203,135 @@ def test_a_body_that_is_no_request_is_a_400_and_a_large_one_a_413(serve):
     with serve(create_service(ServiceSettings(max_request_bytes=1000))) as url:
         route = f"{url}/taskbuilder/v1:build-task-group"
         with httpx.Client(trust_env=False) as client:
-            assert client.post(route, content=b"\xff\xff").status_code == 400
-            assert client.post(route, content=b"x" * 1001).status_code == 413
+            kind = {"content-type": PROTOBUF}
+            assert client.post(route, content=b"\xff\xff", headers=kind).status_code == 400
+            assert client.post(route, content=b"x" * 1001, headers=kind).status_code == 413
             assert client.get(f"{url}/ready").status_code == client.get(f"{url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"content-type": "text/plain"}, 415), ({}, 415), ({"content-type": PROTOBUF, "host": "evil.example"}, 403)],
+)
+def test_a_request_that_a_web_page_could_send_is_refused(serve, headers, status):
+    settings = ServiceSettings(hosts=frozenset({"localhost", "127.0.0.1", "::1"}))
+    with serve(create_service(settings)) as url, httpx.Client(trust_env=False) as client:
+        answer = client.post(f"{url}/taskbuilder/v1:build-artifacts", content=b"", headers=headers)
+        assert answer.status_code == status
+        own = client.post(f"{url}/taskbuilder/v1:build-artifacts", content=b"", headers={"content-type": PROTOBUF})
+        assert own.status_code == 200
+
+
+def artifacts_of(task_management, task_id):
+    return {
+        name: gzip.decompress(task_management.objects[f"{task_id}/{name}"][0])
+        for name in ("plan", "client_plan", "checkpoint")
+    }
+
+
+def test_an_equal_build_is_done_once_and_a_changed_one_again(builder, task_management, config, request_of, caplog):
+    caplog.set_level("INFO", "fedcompute.builder.service")
+    config.population_name = "cached"
+    first = send(request_of(), builder)
+    second = send(request_of(), builder)
+    assert caplog.text.count("were built before") == 1
+    assert artifacts_of(task_management, 1) == artifacts_of(task_management, 3)
+    assert artifacts_of(task_management, 2) == artifacts_of(task_management, 4)
+    # A second registration has other ids, of which the report warns.
+    del second.task_report.warnings[:]
+    assert second.task_report == first.task_report
+    correlations = [group.training_task.correlation_id for group in (first.task_group, second.task_group)]
+    assert len(set(correlations)) == 2
+    assert second.task_group.eval_task.correlation_id == correlations[1]
+    config.federated_learning.learning_process.client_learning_rate = 0.2
+    send(request_of(), builder)
+    send(request_of(Flags(skip_flex_ops_check=True)), builder)
+    assert caplog.text.count("were built before") == 1
+
+
+def test_the_noise_of_a_fresh_tree_is_never_shared_between_two_builds(builder, task_management, config, request_of):
+    config.population_name = "trees"
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.TREE_AGGREGATION
+    config.differential_privacy.noise_multiplier = 8
+    for _ in range(2):
+        assert send(request_of(), builder).WhichOneof("result") == "task_group"
+    first, second = (read_checkpoint(artifacts_of(task_management, task)["checkpoint"]) for task in (1, 3))
+    assert first.keys() == second.keys()
+    buffers = [name for name in first if "/level_buffer/" in name]
+    assert buffers
+    for name in buffers:
+        assert (first[name] != second[name]).any()
+    for name in first:
+        if "global_model_weights" in name:
+            assert (first[name] == second[name]).all()
+
+
+def test_a_model_that_runs_python_is_refused_and_never_run(builder, request_of, python_model):
+    path, trace = python_model
+    trace.unlink(missing_ok=True)
+    response = send(request_of(model=path), builder)
+    assert response.error_info.error_type == ErrorType.INVALID_REQUEST
+    assert "has the operation EagerPyFunc" in response.error_info.error_message
+    assert not trace.exists()
+
+
+@pytest.fixture(scope="module")
+def python_model(tmp_path_factory):
+    """A model whose prediction writes a file, and the file."""
+    import keras
+    import tensorflow as tf
+
+    from fedcompute.models.functional_model import functional_model_from_keras
+    from fedcompute.models.saved_model import save_functional_model
+
+    directory = tmp_path_factory.mktemp("python")
+    trace = directory / "trace"
+
+    def act(x):
+        y = tf.py_function(lambda v: (trace.write_text("x"), v)[1], [x], tf.float32)
+        y.set_shape(x.shape)
+        return y
+
+    layers = [keras.Input((6,)), keras.layers.Lambda(act, output_shape=(6,)), keras.layers.Dense(3)]
+    model = functional_model_from_keras(
+        keras_model=keras.Sequential(layers),
+        loss_fn=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        input_spec=(tf.TensorSpec([None, 6], tf.float32), tf.TensorSpec([None, 1], tf.int64)),
+    )
+    save_functional_model(model, directory / "model")
+    return directory / "model", trace
+
+
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory):
+    """A model of 280 MB of zeros, which is small in an archive."""
+    import keras
+    import tensorflow as tf
+
+    from fedcompute.models.functional_model import functional_model_from_keras
+    from fedcompute.models.saved_model import save_functional_model
+
+    layers = [keras.Input((6,)), keras.layers.Dense(10_000_000, kernel_initializer="zeros")]
+    model = functional_model_from_keras(
+        keras_model=keras.Sequential(layers),
+        loss_fn=lambda label, output: tf.reduce_mean(output),
+        input_spec=(tf.TensorSpec([None, 6], tf.float32), tf.TensorSpec([None, 1], tf.int64)),
+    )
+    path = tmp_path_factory.mktemp("large") / "model"
+    save_functional_model(model, path)
+    return path
+
+
+def test_a_build_that_takes_too_much_memory_fails_alone(serve, task_management, service, request_of, large_model):
+    management_url = service[0].url
+    settings = ServiceSettings(task_management_url=management_url, build_memory=900 << 20)
+    with serve(create_service(settings)) as url:
+        response = send(request_of(model=large_model), url)
+        assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR, response
+        assert "memory" in response.error_info.error_message or "MiB" in response.error_info.error_message
+        print(response.error_info)
+        after = send(request_of(), url)
+        assert after.WhichOneof("result") == "task_group", after
 
 
 def test_without_task_management_and_with_forbidden_flags_nothing_is_built(serve, request_of):

@@ -3,6 +3,8 @@ import math
 import pytest
 from google.protobuf import text_format
 
+from fedcompute.builder.problem import ConfigProblems
+from fedcompute.builder.rules import PATHS, RULES
 from fedcompute.builder.validation import validate
 from fedcompute.errors import ConfigInvalid, Reason
 from fedcompute.protos import task_builder_pb2
@@ -21,13 +23,25 @@ SELECTOR = "checkpoint_selector must be in the format of every_k_round or every_
 CLIP = "clip_norm is required and must be a positive float when using FIXED_GAUSSIAN or TREE_AGGREGATION DP Aggregator."
 
 
-def with_changes(config, changes: str):
-    """The configuration with the fields of a text-format fragment put over it."""
-    fragment = text_format.Parse(changes, task_builder_pb2.TaskConfig())
-    changed = task_builder_pb2.TaskConfig()
-    changed.CopyFrom(config)
-    changed.MergeFrom(fragment)
-    return changed
+ROUNDS = "num_max_training_rounds is required and must be a positive number."
+TOO_MANY = "report_goal must be at most the estimated population of 1000000 devices."
+POSITIVE = "estimated_population must be a positive number of devices."
+SPLIT = (
+    "noise_multiplier must be below 5, a tenth of the report_goal 50, "
+    "when using ADAPTIVE_GAUSSIAN or ADAPTIVE_TREE DP Aggregator."
+)
+NAN = [("nan", "nan")]
+INFINITE = [("inf", "inf")]
+BELOW = [("-1e-9", "-1e-09")]
+ABOVE_1 = [("1.0000001", "1.0000001")]
+NO_CLIP = [("0", "0.0"), ("-1", "-1.0")]
+BAD_SELECTORS = [
+    (f'"{text}"', text)
+    for text in (
+        *("every_0_round", "every_1_rounds", "every_-1_hour", "every_1_Round", "every_01_round", "every__round"),
+        *("every_1", "every_1_round_", " every_1_round", "every_\u0661_round", "every_1.5_hour", "1"),
+    )
+]
 
 
 def nonnegative(key: str) -> str:
@@ -49,82 +63,149 @@ BLOCKS = {
     "evaluation": "federated_learning {{ evaluation {{ {} }} }}",
     "differential_privacy": "differential_privacy {{ {} }}",
 }
-RELEASE, PROCESS, RUNTIME = (BLOCKS[name] for name in ("model_release_policy", "learning_process", "runtime_config"))
-EVALUATION, DP = BLOCKS["evaluation"], BLOCKS["differential_privacy"]
 
-BROKEN = [
-    ("min_separation_policy", "minimum_separation: -1", "-1", nonnegative),
-    ("data_availability_policy", "min_example_count: -1", "-1", nonnegative),
-    ("model_release_policy", "dp_target_epsilon: 10.1", "10.1", EPSILON),
-    ("model_release_policy", "dp_target_epsilon: -0.1", "-0.1", EPSILON),
-    ("model_release_policy", "dp_delta: 1.1e-6", "1.1e-06", DELTA),
-    ("model_release_policy", "num_max_training_rounds: -1", "-1", nonnegative),
-    ("dataset_policy", "batch_size: -1", "-1", nonnegative),
-    ("learning_process", "client_learning_rate: 1.1", "1.1", probability),
-    ("learning_process", "server_learning_rate: -0.1", "-0.1", probability),
-    ("runtime_config", "report_goal: -1", "-1", GOAL),
-    ("runtime_config", "over_selection_rate: -0.1", "-0.1", nonnegative),
-    ("evaluation", "report_goal: -1", "-1", GOAL),
-    ("evaluation", "over_selection_rate: -0.1", "-0.1", nonnegative),
-    ("evaluation", 'checkpoint_selector: "every_0_round"', "every_0_round", SELECTOR),
-    ("evaluation", 'checkpoint_selector: "every_2_rounds"', "every_2_rounds", SELECTOR),
-    ("evaluation", "evaluation_traffic: 1.1", "1.1", probability),
-    ("evaluation", "source_training_task_id: -1", "-1", SOURCE),
-    ("differential_privacy", "noise_multiplier: -0.1", "-0.1", nonnegative),
-    ("differential_privacy", "clip_norm: -1", "-1.0", CLIP),
-    ("differential_privacy", "clip_norm: -1 type: TREE_AGGREGATION", "-1.0", CLIP),
-    ("differential_privacy", "init_clip_norm: -1 type: ADAPTIVE_GAUSSIAN", "-1.0", INIT_CLIP),
+
+# block, field, values just inside, values just outside as (written, shown), published text
+LIMITS = [
+    ("min_separation_policy", "minimum_separation", ["0", str(2**63 - 1)], [("-1", "-1")], nonnegative),
+    ("data_availability_policy", "min_example_count", ["0", str(2**31 - 1)], [("-1", "-1")], nonnegative),
+    ("model_release_policy", "dp_target_epsilon", ["0", "10"], [("10.0000001", "10.0000001"), *BELOW, *NAN], EPSILON),
+    ("model_release_policy", "dp_delta", ["0", "1e-6"], [("1.0000001e-6", "1.0000001e-06"), *BELOW, *NAN], DELTA),
+    ("model_release_policy", "num_max_training_rounds", ["1"], [("-1", "-1")], nonnegative),
+    ("model_release_policy", "num_max_training_rounds", ["1"], [("0", "0")], ROUNDS),
+    ("dataset_policy", "batch_size", ["0", "1"], [("-1", "-1")], nonnegative),
+    ("dataset_policy", "max_training_batches_per_client", ["-7", "0", "1"], [], nonnegative),
+    ("learning_process", "client_learning_rate", ["0", "1"], [*ABOVE_1, *BELOW, *NAN], probability),
+    ("learning_process", "server_learning_rate", ["0", "1"], [*ABOVE_1, *BELOW, *NAN], probability),
+    ("runtime_config", "report_goal", ["1", "1000000"], [("0", "0"), ("-1", "-1")], GOAL),
+    ("runtime_config", "report_goal", ["1000000"], [("1000001", "1000001")], TOO_MANY),
+    ("runtime_config", "over_selection_rate", ["0", "5"], [*BELOW, *INFINITE, ("1e300", "1e+300"), *NAN], nonnegative),
+    ("evaluation", "report_goal", ["1"], [("0", "0"), ("-1", "-1")], GOAL),
+    ("evaluation", "over_selection_rate", ["0", "5"], [*BELOW, *INFINITE, ("1e300", "1e+300"), *NAN], nonnegative),
+    ("evaluation", "checkpoint_selector", ['""', '"every_1_round"', '"every_24_hour"'], BAD_SELECTORS, SELECTOR),
+    ("evaluation", "evaluation_traffic", ["0", "1"], [*ABOVE_1, *BELOW, *NAN], probability),
+    ("evaluation", "source_training_task_id", ["1"], [("0", "0"), ("-1", "-1")], SOURCE),
+    ("differential_privacy", "noise_multiplier", ["0", "1e-9", "1e9"], [*BELOW, *INFINITE, *NAN], nonnegative),
+    ("differential_privacy", "type: FIXED_GAUSSIAN clip_norm", ["1e-9"], [*NO_CLIP, *INFINITE, *NAN], CLIP),
+    ("differential_privacy", "type: TREE_AGGREGATION clip_norm", ["1e-9"], [*NO_CLIP, *NAN], CLIP),
+    ("differential_privacy", "type: UNKNOWN clip_norm", ["1e-9"], [*NO_CLIP, *NAN], CLIP),
+    ("differential_privacy", "type: ADAPTIVE_TREE clip_norm", ["0", "-1"], NAN, CLIP),
+    ("differential_privacy", "type: ADAPTIVE_GAUSSIAN init_clip_norm", ["0"], [*BELOW, *INFINITE, *NAN], INIT_CLIP),
+    ("differential_privacy", "type: ADAPTIVE_TREE init_clip_norm", ["0", "1e-9"], [*BELOW, *NAN], INIT_CLIP),
+    ("differential_privacy", "type: FIXED_GAUSSIAN init_clip_norm", ["-1"], NAN, INIT_CLIP),
+    ("differential_privacy", "estimated_population", ["0", "50", "1000000"], [("-1", "-1")], POSITIVE),
+    (
+        "differential_privacy",
+        "type: ADAPTIVE_GAUSSIAN noise_multiplier",
+        ["4.999"],
+        [("5", "5.0"), ("7", "7.0")],
+        SPLIT,
+    ),
+    ("differential_privacy", "type: ADAPTIVE_TREE noise_multiplier", ["4.999"], [("5", "5.0")], SPLIT),
+    ("differential_privacy", "type: TREE_AGGREGATION noise_multiplier", ["5", "500"], [], SPLIT),
 ]
+INSIDE = [(block, field, value) for block, field, inside, _, _ in LIMITS for value in inside]
+OUTSIDE = [(block, field, *value, text) for block, field, _, outside, text in LIMITS for value in outside]
 
 
-@pytest.mark.parametrize(("entity", "change", "value", "detail"), BROKEN)
-def test_a_broken_rule_fails_alone_with_its_literal_message(config, entity, change, value, detail):
-    key = change.split(":")[0]
-    text = detail if isinstance(detail, str) else detail(key)
-    with pytest.raises(ConfigInvalid) as caught:
-        validate(with_changes(config, BLOCKS[entity].format(change)), NO_FLAGS)
+def set_field(config, block: str, field: str, value: str):
+    """A copy of the configuration with the fields that the text names as it says, explicit zeros included."""
+    changes = text_format.Parse(BLOCKS[block].format(f"{field}: {value}"), task_builder_pb2.TaskConfig())
+    changed = task_builder_pb2.TaskConfig()
+    changed.CopyFrom(config)
+    source, target = changes, changed
+    for name in PATHS[block].split(".")[:-1]:
+        source, target = getattr(source, name), getattr(target, name)
+    for name in {field.split(":")[0], field.split()[-1]}:
+        setattr(target, name, getattr(source, name))
+    return changed
+
+
+@pytest.mark.parametrize(("block", "field", "value"), INSIDE)
+def test_a_value_just_inside_its_limits_passes(config, block, field, value):
+    config.policies.model_release_policy.dp_delta = 0
+    validate(set_field(config, block, field, value), NO_FLAGS)
+
+
+@pytest.mark.parametrize(("block", "field", "value", "shown", "text"), OUTSIDE)
+def test_a_value_just_outside_its_limits_fails_alone_with_the_published_line(config, block, field, value, shown, text):
+    key = field.split()[-1]
+    rule = text(key) if callable(text) else text
+    with pytest.raises(ConfigProblems) as caught:
+        validate(set_field(config, block, field, value), NO_FLAGS)
     assert caught.value.reason == Reason.CONFIG_INVALID
-    assert caught.value.detail == (
-        f"[Invalid task config]: key `{key}` has a bad value: `{value}` in `{entity}`. {text}"
+    (problem,) = caught.value.problems
+    assert problem.message == f"[Invalid task config]: key `{key}` has a bad value: `{shown}` in `{block}`. {rule}"
+    assert (problem.path, problem.value, problem.rule) == (PATHS[block] + key, shown, rule)
+    assert problem.remedy
+    assert caught.value.detail == f"{problem.message}\n    {problem.path}: {problem.remedy}"
+
+
+def test_every_rule_speaks_of_a_field_that_exists():
+    for rule in RULES:
+        descriptor = task_builder_pb2.TaskConfig.DESCRIPTOR
+        *blocks, field = ((rule.prefix or PATHS[rule.entity]) + rule.key).split(".")
+        for block in blocks:
+            descriptor = descriptor.fields_by_name[block].message_type
+        assert field in descriptor.fields_by_name
+
+
+def test_a_mode_that_does_not_exist_is_refused(config):
+    config.mode = 9
+    with pytest.raises(ConfigInvalid, match="key `mode` has a bad value: `9`"):
+        validate(config, NO_FLAGS)
+
+
+def test_the_remedy_for_noise_that_an_adaptive_type_cannot_split_names_the_goal_it_needs(config):
+    changed = set_field(config, "differential_privacy", "type: ADAPTIVE_TREE noise_multiplier", "7.5")
+    with pytest.raises(ConfigProblems) as caught:
+        validate(changed, NO_FLAGS)
+    assert caught.value.problems[0].remedy == (
+        "raise report_goal above 75 (10 times noise_multiplier), or lower the noise"
     )
+    changed.federated_learning.learning_process.runtime_config.report_goal = 76
+    validate(changed, NO_FLAGS)
+
+
+@pytest.mark.parametrize("block", ["learning_process", "evaluation"])
+@pytest.mark.parametrize("key", ["plan_url", "client_plan_url", "checkpoint_url"])
+def test_a_placeholder_left_in_an_artifact_s_place_is_refused(config, block, key):
+    urls = getattr(config.federated_learning, block).artifact_building
+    setattr(urls, key, "/models/plan.pb")
+    validate(config, NO_FLAGS)
+    setattr(urls, key, "{storage_path}/plan.pb")
+    with pytest.raises(ConfigProblems) as caught:
+        validate(config, NO_FLAGS)
+    (problem,) = caught.value.problems
+    assert problem.path == f"federated_learning.{block}.artifact_building.{key}"
+    assert "`{storage_path}/plan.pb` in `artifact_building`" in problem.message
+
+
+def test_a_placeholder_of_a_task_that_is_not_built_does_no_harm(config):
+    config.mode = task_builder_pb2.TaskMode.EVAL_ONLY
+    config.federated_learning.learning_process.artifact_building.plan_url = "{storage_path}/plan.pb"
+    validate(config, NO_FLAGS)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "separation", "rounds", "expected"),
     [
-        "policies { min_separation_policy { minimum_separation: 0 } dataset_policy { batch_size: 1 } }",
-        RELEASE.format("dp_target_epsilon: 10 dp_delta: 1e-6 num_max_training_rounds: 1"),
-        PROCESS.format("client_learning_rate: 1 server_learning_rate: 1"),
-        RUNTIME.format("report_goal: 1000000"),
-        EVALUATION.format('report_goal: 1 evaluation_traffic: 1 checkpoint_selector: "every_1_round"'),
-        DP.format("noise_multiplier: 1e-3 clip_norm: 1e-6"),
-        DP.format("type: ADAPTIVE_TREE clip_norm: -1"),
+        ("TREE_AGGREGATION", 20, 20, []),
+        ("TREE_AGGREGATION", 19, 20, ["minimum_separation to 20"]),
+        ("ADAPTIVE_TREE", 128, 128, []),
+        ("ADAPTIVE_TREE", 129, 129, ["restarts"]),
+        ("ADAPTIVE_TREE", 0, 129, ["minimum_separation to 129", "restarts"]),
+        ("FIXED_GAUSSIAN", 0, 1000, []),
+        ("ADAPTIVE_GAUSSIAN", 0, 1000, []),
     ],
 )
-def test_values_at_their_limits_pass(config, changes):
-    validate(with_changes(config, changes), NO_FLAGS)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        RELEASE.format("dp_target_epsilon: nan"),
-        RELEASE.format("dp_delta: nan"),
-        PROCESS.format("client_learning_rate: nan"),
-        PROCESS.format("server_learning_rate: nan"),
-        RUNTIME.format("over_selection_rate: nan"),
-        RUNTIME.format("over_selection_rate: inf"),
-        EVALUATION.format("over_selection_rate: 1e300"),
-        EVALUATION.format("evaluation_traffic: nan"),
-        DP.format("noise_multiplier: nan"),
-        DP.format("clip_norm: nan"),
-        DP.format("clip_norm: inf"),
-        DP.format("type: ADAPTIVE_TREE init_clip_norm: nan"),
-    ],
-)
-def test_no_rule_lets_a_number_through_that_is_none(config, changes):
-    with pytest.raises(ConfigInvalid, match="Invalid task config"):
-        validate(with_changes(config, changes), NO_FLAGS)
+def test_a_tree_type_warns_of_what_its_accounting_takes_for_granted(config, name, separation, rounds, expected):
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.Enum.Value(name)
+    config.policies.min_separation_policy.minimum_separation = separation
+    config.policies.model_release_policy.num_max_training_rounds = rounds
+    warnings = validate(config, NO_FLAGS).warnings
+    assert len(warnings) == len(expected)
+    assert all(words in warning for words, warning in zip(expected, warnings, strict=True))
 
 
 def test_every_problem_is_listed_in_the_order_of_the_rules(config):
@@ -133,10 +214,13 @@ def test_every_problem_is_listed_in_the_order_of_the_rules(config):
     config.federated_learning.evaluation.report_goal = 0
     with pytest.raises(ConfigInvalid) as caught:
         validate(config, NO_FLAGS)
-    first, second, third = caught.value.detail.split("\n")
-    assert first.endswith(POPULATION)
-    assert second.endswith(GOAL)
-    assert third.endswith(CLIP)
+    lines = caught.value.detail.split("\n")
+    assert [line.rpartition("`. ")[2] for line in lines[::2]] == [POPULATION, GOAL, CLIP]
+    assert [line.split(":")[0].strip() for line in lines[1::2]] == [
+        "population_name",
+        "federated_learning.evaluation.report_goal",
+        "differential_privacy.clip_norm",
+    ]
 
 
 @pytest.mark.parametrize("name", ["a/b", " a", "a ", "a" * 65, "a\nb"])

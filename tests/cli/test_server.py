@@ -63,6 +63,23 @@ def test_a_port_in_use_is_named(program, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_second_server_on_the_same_data_is_refused_and_the_first_goes_on(start, program, tmp_path):
+    data = tmp_path / "data"
+    first = start("fedcompute", "server", "--data-dir", data, "--port", 0, "--json")
+    announced = json.loads(first.stdout.readline())
+    second = program("fedcompute", "server", "--data-dir", data, "--port", 0)
+    assert second.returncode == 1
+    assert "data_in_use" in second.stderr
+    assert f"process {first.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    with urllib.request.urlopen(announced["listening"] + "/ready", timeout=5) as answer:
+        assert answer.status == 200
+    first.kill()
+    first.wait()
+    third = start("fedcompute", "server", "--data-dir", data, "--port", 0, "--json")
+    assert json.loads(third.stdout.readline())["data_dir"] == str(data)
+
+
 def test_every_setting_is_an_option_with_the_setting_s_default(fedcompute):
     import dataclasses
     import inspect

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import threading
 import urllib.request
@@ -50,6 +51,23 @@ def test_a_refused_config_prints_the_report_then_the_failure_and_exits_1(program
     report, failure = result.stderr.find("dp_hyperparameters {"), result.stderr.find("Failed to create task group.")
     assert 0 <= report < failure
     assert "Error type: 1; Error message: Task config is invalid: [Invalid task config]: " in result.stderr
+
+
+def test_one_archive_of_model_and_config_is_enough_and_a_published_misspelling_is_in_the_report(
+    program, builder, model, tmp_path
+):
+    (tmp_path / "fcp_server_config.json").write_text(
+        model.config.read_text().replace("client_learning_rate", "sever_learning_rate: 1 client_learning_rate")
+    )
+    shutil.copytree(model.saved, tmp_path / "bundle" / "saved_model")
+    shutil.move(tmp_path / "fcp_server_config.json", tmp_path / "bundle")
+    archive = shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path / "bundle")
+    result = program(CLIENT, f"--task_builder_server={builder}", f"--saved_model={archive}", "--population_name=zipped")
+    assert result.returncode == 0, result.stderr
+    warning = "config line 6: 'sever_learning_rate' read as 'server_learning_rate'"
+    assert re.search(rf"^W.*\] {warning}$", result.stderr, re.MULTILINE)
+    assert f'warnings: "{warning}"'.replace("'", "\\'") in result.stderr
+    assert 'population_name: "zipped"' in result.stderr
 
 
 def test_the_builder_answers_its_health_routes(builder):
@@ -157,5 +175,5 @@ def test_forbidden_skip_flags_are_refused_by_the_builder(program, start, server,
 
 
 def test_the_tasks_that_the_client_made_are_on_the_server(fedcompute, server):
-    tasks = json.loads(fedcompute("task", "list", "--server", server.url, "--json").output)
+    tasks = json.loads(fedcompute("task", "list", "--server", server.url, "--population", "digits", "--json").output)
     assert [(task["population"], task["kind"]) for task in tasks] == [("digits", "TRAINING"), ("digits", "EVALUATION")]

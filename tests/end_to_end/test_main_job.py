@@ -149,7 +149,7 @@ def weights_of(checkpoint):
 
 
 def build(saved_model, text, **flags):
-    return build_task_group(saved_model, read_config(text.encode()), task_builder_pb2.ExperimentFlags(**flags))
+    return build_task_group(saved_model, read_config(text.encode()).config, task_builder_pb2.ExperimentFlags(**flags))
 
 
 def test_three_devices_over_http_move_the_weights_as_the_formulas_say(saved_model, shards, serving, tmp_path):
@@ -229,7 +229,7 @@ needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference
 @pytest.mark.parametrize("kind", ["", "eval_"])
 def test_our_plan_of_the_reference_model_has_the_reference_plan_s_inputs_and_its_checkpoint_is_our_state(kind):
     text = (FIXTURES / "input" / "keras_task_config.pbtxt").read_text()
-    parsed = read_config(text.encode())
+    parsed = read_config(text.encode()).config
     parsed.differential_privacy.noise_multiplier = 1.0
     flags = task_builder_pb2.ExperimentFlags(skip_dp_check=True)
     group = build_task_group(FIXTURES / "input" / "keras_model", parsed, flags)

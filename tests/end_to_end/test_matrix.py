@@ -268,7 +268,7 @@ def test_a_round_of_every_combination_follows_the_formulas(
     population = f"{algorithm}-{client}-{server}-{dp}"
     flags = task_builder_pb2.ExperimentFlags(skip_dp_check=True, skip_dp_aggregator=dp == "none")
     parsed = read_config(config(population, algorithm, client, server, dp).encode())
-    group = build_task_group(saved_model, parsed[0] if isinstance(parsed, tuple) else parsed, flags)
+    group = build_task_group(saved_model, parsed.config, flags)
     initial = read_checkpoint(group.training.checkpoint)
     api = OperatorApi(settings.base_url)
     created = register_group(settings.base_url, group)
@@ -293,6 +293,9 @@ def test_a_round_of_every_combination_follows_the_formulas(
     )
     table.append((algorithm, client, server, dp, difference))
     assert difference < 2e-6
+    # The noise of a tree stays on the server.
+    assert not any(name.startswith("server/fedcompute") for name in checkpoint)
+    assert not any(leaf.any() for name, leaf in checkpoint.items() if "previous_tree_noise" in name)
     for name, value in state.items():
         assert checkpoint[f"server/{name}"] == pytest.approx(value, rel=1e-5)
 

@@ -204,9 +204,9 @@ def settings_of(data_dir, **changes) -> Settings:
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, settings) -> None:
+    def __init__(self, settings, executor=None) -> None:
         self.settings = settings
-        self._server = http_server(settings)
+        self._server = http_server(settings, executor)
         self.app = self._server.config.app
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -236,8 +236,8 @@ def run_server(tmp_path):
     """Starts servers with settings of the test's choice; all stop at its end."""
     started = []
 
-    def run(**changes):
-        started.append(Running(settings_of(changes.pop("data_dir", tmp_path / "data"), **changes)))
+    def run(executor=None, **changes):
+        started.append(Running(settings_of(changes.pop("data_dir", tmp_path / "data"), **changes), executor))
         return started[-1]
 
     yield run

@@ -55,7 +55,7 @@ def test_a_job_runs_once_until_its_outcome_is_recorded(jobs, executor):
 def test_a_failing_job_runs_again_and_then_gives_its_typed_error(jobs, executor, monkeypatch):
     moment = 0.0
     monkeypatch.setattr("fedcompute.server.rounds.jobs.time.monotonic", lambda: moment)
-    error = OperationFailed(Reason.STORAGE_FAILED, "the disk is full")
+    error = OperationFailed(Reason.PLAN_MALFORMED, "no plan")
     for attempt in range(3):
         assert poll(jobs) is None
         assert len(executor.futures) == attempt + 1
@@ -78,3 +78,17 @@ def test_jobs_of_rounds_that_are_over_are_forgotten(jobs, executor):
     poll(jobs)
     poll(jobs, batch)
     assert len(executor.futures) == 4
+
+
+def test_storage_that_fails_is_waited_for_however_often_a_job_may_fail(jobs, executor, monkeypatch, caplog):
+    moment = 0.0
+    monkeypatch.setattr("fedcompute.server.rounds.jobs.time.monotonic", lambda: moment)
+    for _ in range(100):
+        assert poll(jobs) is None
+        executor.futures[-1].set_exception(OperationFailed(Reason.STORAGE_FAILED, "the disk is full"))
+        assert poll(jobs) is None
+        moment += 10
+    assert poll(jobs) is None
+    executor.futures[-1].set_result(7)
+    assert poll(jobs).result == 7
+    assert len(caplog.records) == 7

@@ -1,9 +1,14 @@
-"""Model directories as zip archives, packed by a client and unpacked by the service without trust."""
+"""Model directories as zip archives, packed by a client and unpacked by the service without trust.
+
+An archive may hold the task configuration beside the model.
+"""
 
 import io
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from fedcompute.errors import ArtifactInvalid, Reason
 
@@ -12,7 +17,13 @@ MAX_UNPACKED_BYTES = 1 << 30
 MAX_ENTRIES = 1000
 MAX_DEPTH = 16
 _CHUNK = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
 _MARKER = "saved_model.pb"
+_ZIP_START = b"PK\x03\x04"
+_CONFIG_SUFFIXES = (".pbtxt", ".textproto", ".txtpb", ".prototxt", ".txt", ".json")
+# What TensorFlow writes under such a name.
+_MODEL_FILES = ("saved_model.pbtxt",)
+_MODEL_DIRECTORIES = ("variables", "assets", "assets.extra", "__MACOSX")
 
 
 def pack_directory(directory: Path) -> bytes:
@@ -47,10 +58,53 @@ def unpack(data: bytes, target: Path) -> Path:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _extract(archive, target)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         # Damage, unknown compression, encryption, truncation, and names that the file system refuses.
         raise _invalid(f"the archive cannot be read: {type(error).__name__}") from error
     return _model_directory(target)
+
+
+def is_archive(file: BinaryIO) -> bool:
+    """Whether a file at its start begins as a zip archive does; leaves it at its start."""
+    start = file.read(len(_ZIP_START))
+    file.seek(0)
+    return start == _ZIP_START
+
+
+def config_in_archive(file: BinaryIO) -> bytes:
+    """The one task configuration in a zip archive, at most MAX_CONFIG_BYTES and one byte of it.
+
+    It is the one file with a usual ending (.pbtxt, .textproto, .txt, .json ...) that is no part of the saved model.
+    Raises ArtifactInvalid (SAVED_MODEL_INVALID) where there is none or more than one, or for a damaged archive.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ENTRIES:
+                raise _invalid(f"the archive has {len(entries)} entries; at most {MAX_ENTRIES} are accepted")
+            found = [entry for entry in entries if _may_be_config(entry)]
+            if len(found) != 1:
+                names = ", ".join(entry.filename[:100] for entry in found[:5]) or "none"
+                raise ArtifactInvalid(
+                    Reason.SAVED_MODEL_INVALID,
+                    f"the archive must hold one task configuration; found: {names}",
+                    remedy=f"put one file with an ending of {', '.join(_CONFIG_SUFFIXES)} beside the saved model",
+                )
+            with archive.open(found[0]) as source:
+                return source.read(MAX_CONFIG_BYTES + 1)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise _invalid(f"the archive cannot be read: {type(error).__name__}") from error
+
+
+def _may_be_config(entry: zipfile.ZipInfo) -> bool:
+    *directories, name = PurePosixPath(entry.filename).parts or ("",)
+    return (
+        not entry.is_dir()
+        and name.lower().endswith(_CONFIG_SUFFIXES)
+        and name not in _MODEL_FILES
+        and not name.startswith(".")
+        and not any(part in _MODEL_DIRECTORIES for part in directories)
+    )
 
 
 def _extract(archive: zipfile.ZipFile, target: Path) -> None:

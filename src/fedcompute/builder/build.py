@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
-from fedcompute.builder.client_graph import (
-    INPUT_NAME,
-    OUTPUT_NAME,
-    TARGET_NAME,
-    TOKEN_NAME,
-    ClientSettings,
-    client_graph,
-)
+from fedcompute.builder.client_graph import ClientSettings, client_graph
 from fedcompute.builder.composition import choose, choose_metrics, compose
+from fedcompute.builder.device_graph import DeviceGraph, device_graph
 from fedcompute.builder.differential_privacy import DpParameters, check_dp, dp_parameters, dp_type
+from fedcompute.builder.lower_ops import LowerOps
+from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.op_check import NO_MINIMUM, flex_ops, min_client_version, supported_ops
 from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
 from fedcompute.builder.tasks import correlation_id, evaluation_task, training_task
-from fedcompute.builder.tflite import convert, prune
 from fedcompute.builder.validation import DEFAULT_POPULATION, BuildSettings, validate
 from fedcompute.errors import BuildFailed, FedComputeError, Reason
 from fedcompute.learning.specification import evaluation_process, initial_state, zero_state
@@ -44,11 +39,13 @@ def build_task_group(
     report: task_builder_pb2.TaskReport | None = None,
     default_population: int = DEFAULT_POPULATION,
     op_table: str | None = None,
+    lower_ops: LowerOps = LowerOps.AUTO,
 ) -> BuiltGroup:
     """Builds the tasks that the configuration asks for; nothing is stored or registered.
 
     `report` is filled as far as the work gets, also when it raises. `op_table` replaces the table of ops that devices
-    have (`version,op` lines). Raises ConfigInvalid (rules, DP check, values this builder does not offer),
+    have (`version,op` lines). `lower_ops`: when to rewrite operations that devices lack; the report's warnings then say
+    which, and what it costs. Raises ConfigInvalid (rules, DP check, values this builder does not offer),
     ArtifactInvalid (the model) and BuildFailed (OPS_NOT_SUPPORTED, BUILD_FAILED).
     """
     flags = flags if flags is not None else task_builder_pb2.ExperimentFlags()
@@ -64,6 +61,7 @@ def build_task_group(
     report.metric_results.rejected_metrics = ", ".join(metrics.rejected)
     report.warnings.extend(metrics.warnings)
 
+    check_saved_model(Path(saved_model_dir))
     model = load_functional_model(saved_model_dir)
     aggregator = choices.algorithm.plain if flags.skip_dp_aggregator else dp_type(settings).aggregator(dp)
     process = compose(choices, model, aggregator, metrics.accepted)
@@ -80,12 +78,14 @@ def build_task_group(
     training = evaluation = None
     if settings.trains:
         state = initial_state(process, model.trainable, model.non_trainable, SystemNoise())
-        built = _build_artifacts(model, process, client, settings.example_selector_uri, state, versions)
+        built = _build_artifacts(model, process, client, settings.example_selector_uri, state, versions, lower_ops)
+        report.warnings.extend(f"training: {text}" for text in built.warnings)
         training = built.of(training_task(settings, built.min_client_version, group_id))
     if settings.evaluation is not None:
         evaluated = evaluation_process(process, metrics.accepted)
         uri = settings.evaluation.example_selector_uri
-        built = _build_artifacts(model, evaluated, client, uri, zero_state(evaluated), versions)
+        built = _build_artifacts(model, evaluated, client, uri, zero_state(evaluated), versions, lower_ops)
+        report.warnings.extend(f"evaluation: {text}" for text in built.warnings)
         evaluation = built.of(evaluation_task(settings, built.min_client_version, group_id))
     return BuiltGroup(training, evaluation, report)
 
@@ -130,6 +130,7 @@ class _Artifacts:
     client_plan: bytes
     checkpoint: bytes
     min_client_version: str
+    warnings: tuple[str, ...]
 
     def of(self, task: task_pb2.Task) -> BuiltTask:
         return BuiltTask(task, self.plan, self.client_plan, self.checkpoint)
@@ -142,26 +143,33 @@ def _build_artifacts(
     selector_uri: str,
     state: Tensors,
     versions: Mapping[str, int] | None,
+    lower_ops: LowerOps,
 ) -> _Artifacts:
     """Plan, device plan and checkpoint of one process; `versions` None skips the op check."""
     selector = example_selector(selector_uri)
     settings = replace(client, selector=selector.SerializeToString())
-    graph = _step("Cannot build the plan", lambda: _tflite_graph(model, process, settings))
-    plan = build_plan(process, graph, selector)
+    graph = _step("Cannot build the plan", lambda: _device_graph(model, process, settings, versions, lower_ops))
+    plan = build_plan(process, graph.flatbuffer, selector)
     logger.info("Plan was built successfully.")
-    version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph), versions)
+    version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph.flatbuffer), versions)
     if versions is not None:
         logger.info("The task can only run on Android build %s or above", version)
     client_plan = client_only_plan(plan)
     logger.info("ClientOnlyPlan was built successfully.")
     checkpoint = _step("Cannot build the initial checkpoint", lambda: write_checkpoint(state))
     logger.info("Initial checkpoint was built successfully.")
-    return _Artifacts(plan.SerializeToString(), client_plan.SerializeToString(), checkpoint, version)
+    warnings = (graph.lowered,) if graph.lowered else ()
+    return _Artifacts(plan.SerializeToString(), client_plan.SerializeToString(), checkpoint, version, warnings)
 
 
-def _tflite_graph(model: FunctionalModel, process: learning_pb2.LearningProcess, settings: ClientSettings) -> bytes:
-    graph = prune(client_graph(model, process, settings), TARGET_NAME)
-    return convert(graph, [TOKEN_NAME, INPUT_NAME, OUTPUT_NAME], TARGET_NAME)
+def _device_graph(
+    model: FunctionalModel,
+    process: learning_pb2.LearningProcess,
+    settings: ClientSettings,
+    versions: Mapping[str, int] | None,
+    lower_ops: LowerOps,
+) -> DeviceGraph:
+    return device_graph(client_graph(model, process, settings), versions, lower_ops)
 
 
 def _step(name: str, work: Callable[[], T]) -> T:

@@ -11,9 +11,10 @@ import httpx
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
-from fedcompute.builder.archive import pack_directory
-from fedcompute.builder.config import MAX_CONFIG_BYTES, read_config
+from fedcompute.builder.archive import MAX_CONFIG_BYTES, config_in_archive, is_archive, pack_directory
+from fedcompute.builder.config import LoadedConfig, read_config
 from fedcompute.builder.local_files import local_path
+from fedcompute.builder.problem import ConfigProblems
 from fedcompute.builder.task_management import PROTOBUF
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, Reason
 from fedcompute.protos import task_builder_pb2
@@ -35,23 +36,28 @@ class Rendered:
     records: tuple[str, ...]
 
 
-def load_config(path: str, *, population_name: str = "") -> task_builder_pb2.TaskConfig:
+def load_config(path: str, *, population_name: str = "") -> LoadedConfig:
     """Reads the configuration at a local path or file URI; `population_name` overrides the one in it.
 
-    Raises ConfigInvalid; its detail starts with the published sentence and names line and field.
+    The file is the configuration itself, or a zip archive that holds it beside a saved model. Raises ConfigInvalid; its
+    detail starts with the published sentence and names line and field.
     """
     logger.info("Loading task config from %s...", path)
     try:
         with _local(path).open("rb") as file:
-            config = read_config(file.read(MAX_CONFIG_BYTES + 1))
+            data = config_in_archive(file) if is_archive(file) else file.read(MAX_CONFIG_BYTES + 1)
+        loaded = read_config(data)
     except OSError as error:
         cause = error.strerror or type(error).__name__
         raise ConfigInvalid(Reason.CONFIG_UNREADABLE, f"Cannot load task config from {path}. {cause}") from error
-    except ConfigInvalid as error:
-        raise ConfigInvalid(error.reason, f"Cannot load task config from {path}. {error.detail}") from error
+    except ConfigProblems as error:
+        raise ConfigProblems(error.reason, error.problems, prefix=f"Cannot load task config from {path}. ") from error
+    except (ArtifactInvalid, ConfigInvalid) as error:
+        detail = f"Cannot load task config from {path}. {error.detail}"
+        raise ConfigInvalid(Reason.CONFIG_UNREADABLE, detail, remedy=error.remedy) from error
     if population_name:
-        config.population_name = population_name
-    return config
+        loaded.config.population_name = population_name
+    return loaded
 
 
 def build_request(

@@ -1,18 +1,25 @@
 """Differential privacy of a build: parameters, accounting and the check (spec/task-builder.md 3)."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from fedcompute.builder.rules import MAX_TARGET_EPSILON, problem
+from fedcompute.builder.problem import ConfigProblems, Problem
+from fedcompute.builder.rules import MAX_TARGET_EPSILON, adaptive_noise_problem, is_adaptive, problem
 from fedcompute.builder.validation import BuildSettings, supported
-from fedcompute.errors import ConfigInvalid, Reason
+from fedcompute.errors import Reason
 from fedcompute.learning.specification import AggregatorSettings
 from fedcompute.privacy.adaptive import LEARNING_RATE, TARGET_QUANTILE
 from fedcompute.protos import learning_pb2, task_builder_pb2
 
 logger = logging.getLogger(__name__)
 
+_NOT_PRIVATE = "[Invalid task config]: differential_privacy setup is not private enough to pass DP accounting check."
+_NOISE_PATH = "differential_privacy.noise_multiplier"
+
+# Beyond it the accountant does not come to an end.
+MAX_ACCOUNTED_ROUNDS = 10**9
 # Normal numbers only: the state holds clip norm and noise scale as float32.
 _MIN_FLOAT32, _MAX_FLOAT32 = 1.2e-38, 3.4e38
 
@@ -134,13 +141,14 @@ def dp_type(settings: BuildSettings) -> DpType:
 def dp_parameters(settings: BuildSettings) -> DpParameters:
     """Parameters with their epsilon: the given noise is accounted for, an unset one is calibrated to the target.
 
-    Calibration may take a minute. Raises ConfigInvalid for a type that is not supported or parameters that cannot be
+    Calibration may take a minute. Raises ConfigProblems for a type that is not supported or parameters that cannot be
     accounted for.
 
     Formal guarantees: `epsilon` bounds the loss of `rounds` releases at `delta` for add-or-remove-one device, if each
     round's devices are a Poisson sample of `population` with rate report goal / population.
     """
     kind = dp_type(settings)
+    _check_rounds(settings.rounds)
     configured = settings.config.differential_privacy
     release = settings.config.policies.model_release_policy
     target = release.dp_target_epsilon or MAX_TARGET_EPSILON
@@ -161,7 +169,9 @@ def dp_parameters(settings: BuildSettings) -> DpParameters:
             dp = replace(dp, noise_multiplier=kind.calibrate(dp, target))
     except Exception as error:
         # Whatever the accountant raises, it speaks about these parameters.
-        raise ConfigInvalid(Reason.CONFIG_INVALID, f"[Invalid task config]: DP accounting failed: {error}") from error
+        raise _not_accountable(dp, error) from error
+    if is_adaptive(dp.type) and (found := adaptive_noise_problem(dp.noise_multiplier, dp.report_goal)) is not None:
+        raise ConfigProblems(Reason.CONFIG_INVALID, [found])
     _check_range(dp)
     logger.info(
         "DP Parameters: noise_multiplier=%s, dp_clip_norm=%s, dp_delta=%s, dp_epsilon=%s, num_training_rounds=%s, "
@@ -171,23 +181,60 @@ def dp_parameters(settings: BuildSettings) -> DpParameters:
     return dp
 
 
+def _check_rounds(rounds: int) -> None:
+    if rounds > MAX_ACCOUNTED_ROUNDS:
+        detail = f"num_max_training_rounds must be at most {MAX_ACCOUNTED_ROUNDS} to be accounted for."
+        found = problem(
+            "num_max_training_rounds", rounds, "model_release_policy", detail, "set the rounds you will run"
+        )
+        raise ConfigProblems(Reason.CONFIG_INVALID, [found])
+
+
+def _not_accountable(dp: DpParameters, error: Exception) -> ConfigProblems:
+    rule = f"DP accounting failed: {error}"
+    shown = f"noise_multiplier {dp.noise_multiplier:g}, rounds {dp.rounds}, report goal {dp.report_goal}"
+    remedy = f"choose a noise_multiplier near 1 or leave it out, and fewer rounds or devices ({shown})"
+    found = Problem(f"[Invalid task config]: {rule}", "differential_privacy", str(dp.noise_multiplier), rule, remedy)
+    return ConfigProblems(Reason.CONFIG_INVALID, [found])
+
+
 def check_dp(settings: BuildSettings, dp: DpParameters) -> None:
-    """Refuses a given noise multiplier whose epsilon exceeds the target; raises ConfigInvalid."""
+    """Refuses a given noise multiplier whose epsilon exceeds the target; raises ConfigProblems.
+
+    The remedy names the smallest noise multiplier that passes, which takes as long as a calibration.
+    """
     target = settings.config.policies.model_release_policy.dp_target_epsilon or MAX_TARGET_EPSILON
     if not settings.config.differential_privacy.noise_multiplier or dp.epsilon <= target:
         return
-    raise ConfigInvalid(
-        Reason.CONFIG_INVALID,
-        "[Invalid task config]: differential_privacy setup is not private enough to pass DP accounting check. "
-        f"Noise multiplier {dp.noise_multiplier} gives epsilon {dp.epsilon:.6g} at delta {dp.delta:.6g}; the target is "
-        f"{target:g}. Leave noise_multiplier out to have it calibrated.",
+    rule = (
+        f"noise_multiplier {dp.noise_multiplier:g} gives epsilon {dp.epsilon:.6g} at delta {dp.delta:.6g} after "
+        f"{dp.rounds} rounds; the target is {target:g}."
     )
+    remedy = _remedy(dp_type(settings), dp, target)
+    raise ConfigProblems(
+        Reason.CONFIG_INVALID,
+        [Problem(f"{_NOT_PRIVATE} {rule}", _NOISE_PATH, str(dp.noise_multiplier), rule, remedy)],
+    )
+
+
+def _remedy(kind: DpType, dp: DpParameters, target: float) -> str:
+    advice = "leave noise_multiplier out to have it calibrated, or skip the check with skip_dp_check"
+    try:
+        smallest = kind.calibrate(dp, target)
+    except Exception as error:
+        # The refusal stands whether or not its advice can be computed.
+        logger.warning("No noise multiplier was found for the target: %s", error)
+        return advice
+    # Rounded up, so that what is read off the message passes.
+    shown = math.ceil(smallest * 1e4) / 1e4
+    if is_adaptive(dp.type) and adaptive_noise_problem(shown, dp.report_goal) is not None:
+        return f"raise report_goal above {10 * shown:.6g} and set noise_multiplier to {shown} or more"
+    return f"set noise_multiplier to {shown} or more (the smallest that passes), {advice}"
 
 
 def _check_range(dp: DpParameters) -> None:
     for key, value in (("clip_norm", dp.clip_norm), ("noise_multiplier", dp.noise_multiplier * dp.clip_norm)):
         if value > _MAX_FLOAT32 or 0 < value < _MIN_FLOAT32:
-            raise ConfigInvalid(
-                Reason.CONFIG_INVALID,
-                problem(key, value, "differential_privacy", f"{key} is out of the range of a plan's 32-bit numbers."),
-            )
+            detail = f"{key} is out of the range of a plan's 32-bit numbers."
+            found = problem(key, value, "differential_privacy", detail, "choose clip norm and noise near 1")
+            raise ConfigProblems(Reason.CONFIG_INVALID, [found])

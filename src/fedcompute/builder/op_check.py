@@ -41,11 +41,19 @@ def flex_ops(flatbuffer: bytes) -> dict[str, str]:
     Raises BuildFailed for a flatbuffer that cannot be read.
     """
     try:
-        model = schema.ModelT.InitFromPackedBuf(flatbuffer)
-        return dict(sorted(_walk(model).items()))
+        return dict(sorted(_walk(_read(flatbuffer)).items()))
     except Exception as error:
         # A generated reader raises anything on damaged input, and an unread graph must not pass the check.
         raise BuildFailed(Reason.BUILD_FAILED, f"the TFLite graph cannot be read: {error}") from error
+
+
+def count_ops(flatbuffer: bytes) -> int:
+    """How many operations a readable flatbuffer has, functions included, builtins and flex ops alike."""
+    return sum(len(subgraph.operators) for subgraph in _read(flatbuffer).subgraphs)
+
+
+def _read(flatbuffer: bytes) -> schema.ModelT:
+    return schema.ModelT.InitFromPackedBuf(flatbuffer)
 
 
 def _walk(model: schema.ModelT) -> dict[str, str]:

@@ -7,8 +7,9 @@ import multiprocessing
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
 from starlette.applications import Starlette
@@ -18,8 +19,10 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedcompute.builder.archive import MAX_ARCHIVE_BYTES
+from fedcompute.builder.artifact_places import Place, PlaceRules, artifact_place, write_artifact
 from fedcompute.builder.artifacts import BuiltGroup
-from fedcompute.builder.local_files import artifact_path, write_artifact
+from fedcompute.builder.build_cache import BuildCache, build_key
+from fedcompute.builder.model_sources import fingerprint
 from fedcompute.builder.task_management import PROTOBUF, link_warning, register_group
 from fedcompute.builder.tasks import artifact_only_task
 from fedcompute.builder.validation import DEFAULT_POPULATION
@@ -38,45 +41,69 @@ class ServiceSettings:
     """How the service behaves.
 
     `task_management_url`: where tasks are registered, "" if nowhere. `storage_root`: the only directory that
-    artifact-only builds may write to. `forbidden_flags`: names of experiment flags that requests may not set.
-    `op_table`: replaces the table of ops that devices have.
+    artifact-only builds may write to. `allow_local_models`, `allow_object_stores`: whether requests may name a model
+    on this machine, and models and artifacts in object stores, which are reached with the service's own credentials.
+    `forbidden_flags`: names of experiment flags that requests may not set. `op_table`: replaces the table of ops that
+    devices have. `hosts`: the host names that requests may address, any if empty.
     """
 
     task_management_url: str = ""
     default_population: int = DEFAULT_POPULATION
     storage_root: Path | None = None
     allow_local_models: bool = True
+    allow_object_stores: bool = True
     forbidden_flags: frozenset[str] = field(default_factory=frozenset)
+    hosts: frozenset[str] = field(default_factory=frozenset)
     op_table: str | None = None
     max_request_bytes: int = MAX_ARCHIVE_BYTES + (1 << 20)
     build_timeout: float = 540.0  # seconds; below the 600 of common gateways
+    build_memory: int = 8 << 30  # bytes of data that the build process may hold
 
 
 class BuildWorker:
     """One spawned process that builds; a build that hangs or kills it costs that build and a restart."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_bytes: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
+        self._memory_bytes = memory_bytes
+        self._cache = BuildCache()
 
     async def build(self, job: BuildJob, timeout: float) -> BuildOutcome:
-        """Runs a build when those before it are done; BuildFailed if it outlives `timeout` seconds or dies."""
+        """Runs a build when those before it are done, or answers with an equal one that succeeded before.
+
+        Raises BuildFailed if it outlives `timeout` seconds or its process dies.
+        """
         async with self._turn:
-            if self._pool is None:
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=prepare_worker)
-            try:
-                future = asyncio.wrap_future(self._pool.submit(run_build, job))
-                return await asyncio.wait_for(future, timeout)
-            except TimeoutError:
-                self.close()
-                raise BuildFailed(Reason.BUILD_FAILED, f"the build took more than {timeout:g} seconds") from None
-            except BrokenProcessPool:
-                self.close()
-                raise BuildFailed(Reason.BUILD_FAILED, "the build ended its process; is memory short?") from None
-            except asyncio.CancelledError:
-                self.close()
-                raise
+            key = await run_in_threadpool(_key, job)
+            if key is not None and (known := await run_in_threadpool(self._cache.get, key)) is not None:
+                logger.info("This model and configuration were built before.")
+                return BuildOutcome(known.report, group=known)
+            outcome = await self._run(job, timeout)
+            # A model that changed meanwhile must not be kept under the old one's name.
+            if key is not None and outcome.group is not None and key == await run_in_threadpool(_key, job):
+                self._cache.put(key, outcome.group)
+            return outcome
+
+    async def _run(self, job: BuildJob, timeout: float) -> BuildOutcome:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                1, mp_context=context, initializer=prepare_worker, initargs=(self._memory_bytes,)
+            )
+        try:
+            future = asyncio.wrap_future(self._pool.submit(run_build, job))
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError:
+            self.close()
+            raise BuildFailed(Reason.BUILD_FAILED, f"the build took more than {timeout:g} seconds") from None
+        except BrokenProcessPool:
+            self.close()
+            text = f"the build ended its process, which may hold {self._memory_bytes >> 20} MiB"
+            raise BuildFailed(Reason.BUILD_FAILED, text) from None
+        except asyncio.CancelledError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
@@ -89,13 +116,20 @@ class BuildWorker:
         self._pool = None
 
 
+def _key(job: BuildJob) -> bytes | None:
+    """What the job's result depends on; None if that cannot be said."""
+    model = fingerprint(job.request.saved_model, local=job.allow_local_models, object_stores=job.allow_object_stores)
+    settings = tuple(getattr(job, part.name) for part in fields(job) if part.name != "request")
+    return None if model is None else build_key(model, job.request, settings)
+
+
 def create_service(settings: ServiceSettings) -> Starlette:
     """The ASGI application with its four routes."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.settings = settings
-        app.state.worker = BuildWorker()
+        app.state.worker = BuildWorker(settings.build_memory)
         try:
             yield
         finally:
@@ -129,6 +163,11 @@ async def build_artifacts(request: Request) -> Response:
 
 async def _answer(request: Request, *, artifact_only: bool) -> Response:
     settings: ServiceSettings = request.app.state.settings
+    # A web page in the user's browser can send neither this type nor this host name unasked.
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != PROTOBUF:
+        return PlainTextResponse(f"send a BuildTaskRequest as {PROTOBUF}\n", status_code=415)
+    if settings.hosts and urlsplit(f"//{request.headers.get('host', '')}").hostname not in settings.hosts:
+        return PlainTextResponse("this service is addressed by another name\n", status_code=403)
     body = await _read_body(request, settings.max_request_bytes)
     if body is None:
         return PlainTextResponse(f"a request has at most {settings.max_request_bytes} bytes\n", status_code=413)
@@ -160,10 +199,17 @@ async def _build(
     logger.info("Start building task group under population %r.", message.task_config.population_name)
     _check_flags(message.flags, settings.forbidden_flags)
     # Looked at first: a build takes long, and none of it could be kept.
-    places = _artifact_places(message.task_config, settings.storage_root) if artifact_only else {}
+    rules = PlaceRules(settings.storage_root, settings.allow_object_stores)
+    places = _artifact_places(message.task_config, rules) if artifact_only else {}
     if not artifact_only and not settings.task_management_url:
         raise BuildFailed(Reason.TASK_MANAGEMENT_FAILED, "Cannot find task management server.")
-    job = BuildJob(message, settings.default_population, settings.op_table, settings.allow_local_models)
+    job = BuildJob(
+        message,
+        settings.default_population,
+        settings.op_table,
+        settings.allow_local_models,
+        settings.allow_object_stores,
+    )
     outcome = await worker.build(job, settings.build_timeout)
     report.CopyFrom(outcome.report)
     if outcome.group is None:
@@ -182,12 +228,12 @@ class _Places:
     """Where the three artifacts of one artifact-only task go."""
 
     urls: task_builder_pb2.ArtifactBuilding
-    plan: Path
-    client_plan: Path
-    checkpoint: Path
+    plan: Place
+    client_plan: Place
+    checkpoint: Place
 
 
-def _artifact_places(config: task_builder_pb2.TaskConfig, root: Path | None) -> dict[str, _Places]:
+def _artifact_places(config: task_builder_pb2.TaskConfig, rules: PlaceRules) -> dict[str, _Places]:
     """TaskGroup field name -> places, for the tasks that the configuration's mode builds."""
     learning = config.federated_learning
     evaluates = config.mode in (_Mode.TRAINING_AND_EVAL, _Mode.EVAL_ONLY) or (
@@ -201,9 +247,9 @@ def _artifact_places(config: task_builder_pb2.TaskConfig, root: Path | None) -> 
     return {
         kind: _Places(
             block,
-            plan=artifact_path(block.plan_url, root),
-            client_plan=artifact_path(block.client_plan_url, root),
-            checkpoint=artifact_path(block.checkpoint_url, root),
+            plan=artifact_place(block.plan_url, rules),
+            client_plan=artifact_place(block.client_plan_url, rules),
+            checkpoint=artifact_place(block.checkpoint_url, rules),
         )
         for kind, block in urls.items()
     }

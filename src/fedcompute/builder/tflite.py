@@ -19,10 +19,10 @@ def prune(graph_def: tf.compat.v1.GraphDef, target: str) -> tf.compat.v1.GraphDe
     gradients = {gradient.function_name: gradient for gradient in graph_def.library.gradient}
 
     def used_by(name: str) -> list[str]:
-        used = [used for used in _references(functions[name].node_def) if used in functions]
+        used = [used for used in references(functions[name].node_def) if used in functions]
         return [*used, gradients[name].gradient_func] if name in gradients else used
 
-    reached = _reachable([name for name in _references(needed.node) if name in functions], used_by)
+    reached = _reachable([name for name in references(needed.node) if name in functions], used_by)
     needed.library.function.extend(f for name, f in functions.items() if name in reached)
     needed.library.gradient.extend(g for name, g in gradients.items() if name in reached)
     return needed
@@ -44,7 +44,8 @@ def _producer(source: str) -> str:
     return source.removeprefix("^").split(":")[0]
 
 
-def _references(nodes: Iterable[tf.compat.v1.NodeDef]) -> list[str]:
+def references(nodes: Iterable[tf.compat.v1.NodeDef]) -> list[str]:
+    """The names of operations and functions that `nodes` use."""
     found = []
     for node in nodes:
         found.append(node.op)

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from fedcompute.builder.rules import DEFAULT_OVER_SELECTION_RATE, RULES, problem, selector_parts
-from fedcompute.errors import ConfigInvalid, Reason
+from fedcompute.builder.problem import ConfigProblems, Problem
+from fedcompute.builder.rules import DEFAULT_OVER_SELECTION_RATE, RULES, problem, selector_parts, tree_warnings
+from fedcompute.errors import Reason
 from fedcompute.protos import task_builder_pb2
 
 DEFAULT_POPULATION = 1_000_000
@@ -70,33 +71,37 @@ def validate(
 ) -> BuildSettings:
     """Checks every rule of the table and fills in defaults.
 
-    Raises ConfigInvalid (CONFIG_INVALID) with one line per broken rule, in the order of the table. A `dp_delta` over
-    its bound is a warning when `skip_dp_check` is set and it is below 1 (spec/task-builder.md D1).
+    Raises ConfigProblems (a ConfigInvalid, CONFIG_INVALID) with every broken rule, in the order of the table: its
+    published line, then its field's path and the remedy. A `dp_delta` over its bound is a warning when `skip_dp_check`
+    is set and it is below 1 (spec/task-builder.md D1).
     """
     config, warnings = _with_mode_and_population(config, default_population)
     broken = [
-        (rule.key, problem(rule.key, rule.value(config), rule.entity, rule.detail(config)))
+        found
         for rule in RULES
-        if not (rule.evaluation_only and config.mode == _Mode.TRAINING_ONLY) and not rule.holds(config)
+        if not (rule.evaluation_only and config.mode == _Mode.TRAINING_ONLY)
+        and (found := rule.problem(config)) is not None
     ]
-    tolerated = (
-        {"dp_delta"} if flags.skip_dp_check and 0 <= config.policies.model_release_policy.dp_delta < 1 else set()
-    )
-    warnings += [text for key, text in broken if key in tolerated]
-    problems = [text for key, text in broken if key not in tolerated]
+    problems = [found for found in broken if not _tolerated(found, config, flags)]
     if problems:
-        raise ConfigInvalid(Reason.CONFIG_INVALID, "\n".join(problems))
-    return _settings(config, warnings)
+        raise ConfigProblems(Reason.CONFIG_INVALID, problems)
+    warnings += [found.message for found in broken]
+    return _settings(config, [*warnings, *tree_warnings(config)])
+
+
+def _tolerated(found: Problem, config: task_builder_pb2.TaskConfig, flags: task_builder_pb2.ExperimentFlags) -> bool:
+    delta = config.policies.model_release_policy.dp_delta
+    return flags.skip_dp_check and found.path.endswith(".dp_delta") and 0 <= delta < 1
 
 
 def supported(table: Mapping[int, T], enum: EnumTypeWrapper, value: int, key: str, entity: str) -> T:
-    """The entry of a registry for a configured value; ConfigInvalid naming the field where there is none."""
+    """The entry of a registry for a configured value; ConfigProblems naming the field where there is none."""
     if value in table:
         return table[value]
     name = enum.Name(value) if value in enum.values() else str(value)
     offered = " or ".join(enum.Name(number) for number in table)
     detail = f"{key} {name} is not supported by this task builder; use {offered}."
-    raise ConfigInvalid(Reason.CONFIG_INVALID, problem(key, name, entity, detail))
+    raise ConfigProblems(Reason.CONFIG_INVALID, [problem(key, name, entity, detail, f"use {offered}")])
 
 
 def _with_mode_and_population(

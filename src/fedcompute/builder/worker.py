@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import tempfile
 import threading
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from fedcompute.builder.archive import unpack
 from fedcompute.builder.artifacts import BuiltGroup
-from fedcompute.builder.local_files import local_path
+from fedcompute.builder.model_sources import model_directory
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
 from fedcompute.protos import task_builder_pb2
 
@@ -29,6 +29,7 @@ class BuildJob:
     default_population: int
     op_table: str | None
     allow_local_models: bool
+    allow_object_stores: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class BuildOutcome:
     error: task_builder_pb2.ErrorInfo | None = None
 
 
-def prepare_worker() -> None:
-    """Initializer of a worker process: ends with its parent, leaves Ctrl-C to it, imports what every build needs."""
+def prepare_worker(memory_bytes: int) -> None:
+    """Initializer of a worker process: ends with its parent, leaves Ctrl-C to it, imports what every build needs.
+
+    From here on the process may hold `memory_bytes` of its own data; what asks for more fails or ends it.
+    """
+    _limit_memory(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -49,6 +54,14 @@ def prepare_worker() -> None:
     # TensorFlow greets every process with a page of hints unless told otherwise before it loads.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import fedcompute.builder.build  # noqa: F401
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    # Data and not address space: TensorFlow maps gigabytes that it never touches.
+    for kind, limit in ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_CORE, 0)):
+        _, hard = resource.getrlimit(kind)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
 
 
 def _end_with(sentinel: int) -> None:
@@ -65,7 +78,12 @@ def run_build(job: BuildJob) -> BuildOutcome:
     try:
         with tempfile.TemporaryDirectory(prefix="fedcompute-build-") as scratch:
             group = build_task_group(
-                _model_directory(request, job, Path(scratch)),
+                model_directory(
+                    request.saved_model,
+                    Path(scratch),
+                    local=job.allow_local_models,
+                    object_stores=job.allow_object_stores,
+                ),
                 request.task_config,
                 request.flags,
                 report=report,
@@ -75,6 +93,8 @@ def run_build(job: BuildJob) -> BuildOutcome:
         return BuildOutcome(report, group=group)
     except FedComputeError as error:
         return BuildOutcome(report, error=error_info(error))
+    except MemoryError:
+        return BuildOutcome(report, error=error_info(BuildFailed(Reason.BUILD_FAILED, "the build ran out of memory")))
     except Exception as error:
         logger.exception("A build failed in a way that no rule foresees.")
         return BuildOutcome(report, error=error_info(BuildFailed(Reason.BUILD_FAILED, f"{type(error).__name__}")))
@@ -100,17 +120,3 @@ def _rendered(error: FedComputeError) -> tuple[task_builder_pb2.ErrorType.Enum, 
         return _ErrorType.ARTIFACT_BUILDING_ERROR, error.detail
     text = f"Artifact building failed for task 0: {error.detail}\n. Stop building remaining artifacts."
     return _ErrorType.ARTIFACT_BUILDING_ERROR, text
-
-
-def _model_directory(request: task_builder_pb2.BuildTaskRequest, job: BuildJob, scratch: Path) -> Path:
-    source = request.saved_model
-    if source.WhichOneof("resource") == "inline_resource":
-        return unpack(source.inline_resource.data, scratch)
-    path = local_path(source.uri) if job.allow_local_models else None
-    if path is None:
-        raise ArtifactInvalid(
-            Reason.SAVED_MODEL_INVALID,
-            "the request names no saved model that this service reads" if source.uri else "saved_model is not set",
-            remedy="send the model's directory inline, as task_builder_client does with a local path",
-        )
-    return path

@@ -1,6 +1,10 @@
 """`fedcompute quickstart`: build, serve, train on simulated devices, evaluate, plot; every part the real one."""
 
+import contextlib
+import itertools
 import math
+import shlex
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -70,23 +74,39 @@ def quickstart(
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"--model: no model {model!r}", remedy="see fedcompute quickstart --help"
         )
-    root = directory or Path("fedcompute-data") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
-    if root.exists() and any(root.iterdir()):
-        raise OperationFailed(
-            Reason.SETTINGS_INVALID, f"--directory: {root} is not empty", remedy="choose another, or remove it"
-        )
+    root = _own_directory(directory)
     task = SampleTask(root / "model", model, data, devices, rounds, noise_multiplier)
+    # Whoever stops it politely gets the same orderly end as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(console, task, root, port, keep_serving=keep_serving)
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Go on with:  fedcompute server --data-dir {root}")
+        console.print(f"\nStopped. Go on with:  fedcompute server --data-dir {shlex.quote(str(root))}")
         raise typer.Exit(130) from None
+
+
+def _own_directory(wanted: Path | None) -> Path:
+    """Makes the run's directory, which no other run has; raises OperationFailed(SETTINGS_INVALID) or OSError."""
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=True)
+        if any(wanted.iterdir()):
+            raise OperationFailed(
+                Reason.SETTINGS_INVALID, f"--directory: {wanted} is not empty", remedy="choose another, or remove it"
+            )
+        return wanted
+    name = f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        root = Path("fedcompute-data") / (name if number == 1 else f"{name}-{number}")
+        # Two runs that start in the same second must not share one.
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(parents=True)
+            break
+    return root
 
 
 def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serving: bool) -> None:
     from fedcompute.cli.server import listen
 
-    root.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     workshop = ProcessExecutor(1)
     try:
@@ -117,6 +137,7 @@ def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serv
             )
             _train(console, settings, task, tasks, root)
             _conclude(console, workshop, settings, task, tasks, sample, root)
+            _print_commands(console, root, settings.base_url if keep_serving else None)
             console.print(f"[dim]{time.monotonic() - start:.0f} s in all[/]")
             if keep_serving:
                 console.print(f"\nServing on {settings.base_url} until Ctrl-C.")
@@ -332,9 +353,22 @@ def _print_places(
         f"         checkpoint, round N {blobs}/N/s/0/checkpoint\n"
         f"         metrics, round N    {blobs}/N/s/0/metrics\n"
         f"         configuration       {task.config}\n"
-        f"         logs                {root / 'server.log'}, {root / 'fleet.log'}\n"
-        f"[bold]Look on[/]  fedcompute server --data-dir {root}     serve what is here again\n"
-        "         fedcompute task list                       what the server has\n"
-        f"         fedcompute metrics table {root} --population {POPULATION}\n"
-        "         fedcompute quickstart --model emnist-cnn --noise-multiplier 0     the tutorial's network"
+        f"         logs                {root / 'server.log'}, {root / 'fleet.log'}"
     )
+
+
+def _print_commands(console: Console, root: Path, url: str | None) -> None:
+    """What to type next; `url`: of the server that goes on, None if it ends here."""
+    there = shlex.quote(str(root))
+    serve = [] if url else [(f"fedcompute server --data-dir {there}", "serve what is here again, then:")]
+    server = f" --server {url}" if url else ""
+    commands = [
+        *serve,
+        (f"fedcompute task list{server}", ""),
+        (f"fedcompute task show{server} --population {POPULATION}", ""),
+        (f"fedcompute metrics table {there} --population {POPULATION}", "needs no server"),
+        ("fedcompute quickstart --model emnist-cnn --noise-multiplier 0", "the tutorial's network"),
+    ]
+    for number, (command, comment) in enumerate(commands):
+        head = "         " if number else "[bold]Look on[/]  "
+        console.print(f"{head}{command}" + (f"     [dim]{comment}[/]" if comment else ""))

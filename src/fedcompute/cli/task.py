@@ -8,6 +8,7 @@ import typer
 
 from fedcompute.cli import options
 from fedcompute.cli.task_build import build
+from fedcompute.cli.task_config import init, validate
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.monitoring.operator_api import OperatorApi
 
@@ -15,12 +16,14 @@ _OVER = {"COMPLETED", "CANCELED", "FAILED"}
 # A server that restarts is away for a moment; a watcher waits that long.
 _PATIENCE_SECONDS = 30.0
 
-app = typer.Typer(no_args_is_help=True, help="Build, list, show, watch and cancel tasks.")
+app = typer.Typer(no_args_is_help=True, help="Configure, build, list, show, watch and cancel tasks.")
 
 app.command(
     "build",
     epilog="Example: fedcompute task build --model saved_model --config task_config.pbtxt --server http://localhost:8080",
 )(build)
+app.command("init", epilog="Example: fedcompute task init task_config.pbtxt --mode training_only")(init)
+app.command("validate", epilog="Example: fedcompute task validate task_config.pbtxt")(validate)
 
 
 @app.command("list", epilog="Example: fedcompute task list --population my_population")

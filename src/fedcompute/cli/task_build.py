@@ -11,7 +11,7 @@ import typer
 
 from fedcompute.cli import options
 from fedcompute.cli.quiet import quiet_tensorflow
-from fedcompute.errors import ArtifactInvalid, BuildFailed, FedComputeError, Reason
+from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
 
 _ZIP = ".zip"
 
@@ -34,7 +34,12 @@ class _Refused:
 
 def build(
     model: Annotated[Path, typer.Option(help="SavedModel directory of a functional model, or a zip archive of one.")],
-    config: Annotated[Path, typer.Option(help="Task configuration: text format or JSON, whatever its name.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Task configuration: text format or JSON, whatever its name. Unset: the one in the model's archive."
+        ),
+    ] = None,
     server: options.Server = options.DEFAULT_SERVER,
     population: Annotated[str, typer.Option(help="Use this population instead of the configuration's.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and report; create no task.")] = False,
@@ -56,15 +61,15 @@ def build(
     from fedcompute.builder.task_management import link_warning, register_group
     from fedcompute.protos import task_builder_pb2
 
-    parsed = load_config(str(config), population_name=population)
+    loaded = load_config(str(_config_file(config, model)), population_name=population)
     _check_model(model)
     flags = task_builder_pb2.ExperimentFlags(
         skip_dp_check=skip_dp_check, skip_dp_aggregator=skip_dp_aggregator, skip_flex_ops_check=skip_flex_ops_check
     )
     with _status("building plans and checkpoints ...", quiet=as_json):
-        group = _built(_Job(model, parsed.SerializeToString(), flags.SerializeToString()))
+        group = _built(_Job(model, loaded.config.SerializeToString(), flags.SerializeToString()))
     tasks = [built.task for built in (group.training, group.evaluation) if built is not None]
-    warnings = list(group.report.warnings)
+    warnings = [*loaded.warnings, *group.report.warnings]
     if not dry_run:
         with _status(f"registering with {server} ...", quiet=as_json):
             created = register_group(server, group)
@@ -76,6 +81,16 @@ def build(
         typer.echo(json.dumps({"tasks": [_listed(task) for task in tasks], "report": report, "warnings": warnings}))
         return
     _print(tasks, group.report, warnings, server, dry_run=dry_run)
+
+
+def _config_file(config: Path | None, model: Path) -> Path:
+    if config is None and model.suffix.lower() != _ZIP:
+        raise ConfigInvalid(
+            Reason.CONFIG_UNREADABLE,
+            "no task configuration is given",
+            remedy="name it with --config, or put it into a zip archive beside the model",
+        )
+    return config or model
 
 
 def _check_model(model: Path) -> None:

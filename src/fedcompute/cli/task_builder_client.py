@@ -30,7 +30,11 @@ def _define(values: flags.FlagValues) -> None:
 
     for name, default, text in (
         ("saved_model", None, "FunctionalModel SavedModel: a local directory or zip archive, or a URI."),
-        ("task_config", None, "Task configuration: a local file or file:// URI; text format or JSON."),
+        (
+            "task_config",
+            None,
+            "Task configuration: a local file or file:// URI; text format or JSON, or in a zip archive.",
+        ),
         ("task_builder_server", DEFAULT_SERVER, "Base URL of the task builder."),
         ("population_name", None, "Replaces population_name of the configuration."),
         ("api_key", None, "API key, sent as ?key=; replaces any token."),
@@ -50,8 +54,11 @@ def _build(values: flags.FlagValues) -> int:
     from fedcompute.builder.client import build_request, load_config, render, send
     from fedcompute.protos import task_builder_pb2
 
-    for name in ("saved_model", "task_config"):
-        if not values[name].value:
+    saved_model = values["saved_model"].value or ""
+    # One archive may hold both.
+    task_config = values["task_config"].value or (saved_model if saved_model.endswith(".zip") else "")
+    for name, value in (("saved_model", saved_model), ("task_config", task_config)):
+        if not value:
             raise ValueError(f"`--{name}` is required but not set.")
     if values["impersonate_service_account"].value and not values["api_key"].value:
         raise BuildFailed(
@@ -60,13 +67,15 @@ def _build(values: flags.FlagValues) -> int:
             remedy="use --api_key, or run the client where a metadata server gives it a token",
         )
     logging.info("Creating build task request from command-line options.")
-    config = load_config(values["task_config"].value, population_name=values["population_name"].value or "")
+    loaded = load_config(task_config, population_name=values["population_name"].value or "")
+    for warning in loaded.warnings:
+        logging.warning("%s", warning)
     experiment = task_builder_pb2.ExperimentFlags(
         skip_flex_ops_check=values["skip_flex_ops_check"].value,
         skip_dp_check=values["skip_dp_check"].value,
         skip_dp_aggregator=values["skip_dp_aggregator"].value,
     )
-    request = build_request(values["saved_model"].value, config, experiment)
+    request = build_request(saved_model, loaded.config, experiment)
     server = values["task_builder_server"].value
     artifact_only = values["build_artifact_only"].value
     endpoint = f"{server.removesuffix('/')}/taskbuilder/v1:build-{'artifacts' if artifact_only else 'task-group'}"
@@ -78,6 +87,7 @@ def _build(values: flags.FlagValues) -> int:
         api_key=api_key,
         headers={} if api_key else _token_header(endpoint),
     )
+    response.task_report.warnings[:0] = loaded.warnings
     # Only where there are tasks: touching the group of a refusal would turn it into a success.
     if response.HasField("task_group"):
         for _, task in response.task_group.ListFields():

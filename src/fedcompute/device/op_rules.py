@@ -1,14 +1,11 @@
 """Which operations of a client plan may run on a device: known ones that touch nothing outside the run."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import tensorflow as tf
-from tensorflow.python.framework import op_def_registry
 
 from fedcompute.device.builtin_ops import BUILTINS
 from fedcompute.device.flatbuffer import Operator, Subgraph
 from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.models.plain_ops import is_known_op, is_plain_op
 
 EXTERNAL_DATASET = "ExternalDataset"
 CONTROL_FLOW = frozenset({"IF", "WHILE"})
@@ -55,9 +52,6 @@ _LISTED = frozenset(
         "_TensorToHashBucketFast",
     }
 )
-_OPAQUE_TYPES = frozenset({tf.resource.as_datatype_enum, tf.variant.as_datatype_enum})
-# An input or attribute with such a word in its name leads outside, even where TensorFlow calls the operation stateless.
-_OUTSIDE_WORDS = ("address", "dir", "file", "host", "path", "pattern", "prefix", "region", "token", "url")
 
 
 def check_operators(program: Sequence[Subgraph]) -> None:
@@ -82,18 +76,4 @@ def _allowed(operator: Operator) -> bool:
     name = operator.node.op
     if name == EXTERNAL_DATASET or name in FILE_OPS:
         return True
-    definition = op_def_registry.get(name)
-    return definition is not None and (name in _LISTED or _is_plain(definition))
-
-
-def _is_plain(definition: Any) -> bool:
-    """Whether an operation is a function of plain tensors, as far as its registry entry can tell."""
-    arguments = [*definition.input_arg, *definition.output_arg]
-    names = [argument.name.lower() for argument in [*definition.input_arg, *definition.attr]]
-    return not (
-        definition.is_stateful
-        or definition.name.startswith("_")
-        or any(argument.is_ref or argument.type in _OPAQUE_TYPES for argument in arguments)
-        or any("func" in attribute.type for attribute in definition.attr)
-        or any(word in name for name in names for word in _OUTSIDE_WORDS)
-    )
+    return is_plain_op(name) or (name in _LISTED and is_known_op(name))

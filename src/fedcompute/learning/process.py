@@ -68,6 +68,19 @@ def read_state(process: Process, checkpoint: Tensors) -> dict[str, NDArray[np.ge
     return state
 
 
+def exported(checkpoint: Tensors) -> dict[str, NDArray[np.generic]]:
+    """A server checkpoint for people: without the noise of trees, whose leaves become zeros or are left out.
+
+    Formal guarantees: what is returned does not depend on noise that future or past releases hide behind, other than
+    through released models and metrics (spec/artifacts.md 9, consequence 5).
+    """
+    return {
+        name: np.zeros_like(value) if _is_tree_noise(name) else value
+        for name, value in checkpoint.items()
+        if not name.startswith(OWN)
+    }
+
+
 def client_checkpoint(process: Process, state: Tensors) -> dict[str, NDArray[np.generic]]:
     """What devices receive: the broadcast leaves under their client names."""
     return {
@@ -119,6 +132,10 @@ def metrics_json(metrics: Mapping[str, float]) -> bytes:
     """The metrics file: one flat JSON object on one line; what is not finite is null (spec/task-builder.md 9.4)."""
     values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     return json.dumps(values).encode()
+
+
+def _is_tree_noise(name: str) -> bool:
+    return "/previous_tree_noise" in name or name.endswith("/level_buffer") or "/level_buffer/" in name
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -107,7 +107,7 @@ def _input_spec(message: Type) -> tuple[Any, Any]:
     if isinstance(spec, dict) and set(spec) == {"x", "y"}:
         spec = (spec["x"], spec["y"])
     if not isinstance(spec, tuple) or len(spec) != 2 or not isinstance(spec[1], tf.TensorSpec):
-        raise _invalid("the input specification is no pair (x, y) with a tensor label")
+        raise _invalid("Input spec must be a tuple (x, y) with a tensor as y")
     x_parts = list(spec[0].values()) if isinstance(spec[0], dict) else [spec[0]]
     if not all(isinstance(part, tf.TensorSpec) for part in x_parts):
         raise _invalid("x is neither a tensor nor a dictionary of tensors")

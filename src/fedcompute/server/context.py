@@ -16,7 +16,7 @@ from fedcompute.server.security.url_signing import Grant, sign_url
 from fedcompute.server.settings import Settings
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.database import Database
-from fedcompute.storage.keys import TaskKey
+from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.paths import MODEL, client_only_plan_path, server_plan_path
 
 T = TypeVar("T")
@@ -103,6 +103,7 @@ class Context:
     is_alive: Callable[[], bool]  # whether the round engine does its work
     warm_up: Callable[[], None]  # starts the worker processes
     uploads: Uploads = field(default_factory=Uploads)
+    repaired: set[IterationKey] = field(default_factory=set)  # rounds whose sums were made anew, once each
 
     def signed_url(
         self, method: str, bucket: str, path: str, life: float, headers: dict[str, str] | None = None

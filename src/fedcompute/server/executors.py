@@ -97,11 +97,15 @@ class ProcessExecutor:
                     self._workers, multiprocessing.get_context("spawn"), initializer=_enter_worker
                 )
             pool = self._pool
+            # A worker that starts inherits this: Ctrl-C must not reach it before it can ignore it.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 inner = pool.submit(_guarded, job, argument)
             except (BrokenProcessPool, RuntimeError) as error:
                 inner = Future()
                 inner.set_exception(BrokenProcessPool(str(error)))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         inner.add_done_callback(lambda done: self._finish(done, pool, outcome, job, argument, lives))
 
     def _finish(

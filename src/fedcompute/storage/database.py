@@ -55,7 +55,7 @@ class Database:
         if name == "sqlite":
             if not parsed.database or parsed.database == ":memory:":
                 raise OperationFailed(Reason.SETTINGS_INVALID, "the database URL names no file")
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            sqlite_file(url)
             engine = create_engine(
                 parsed, hide_parameters=True, pool_size=16, max_overflow=16, connect_args={"timeout": BUSY_TIMEOUT_S}
             )
@@ -134,6 +134,28 @@ class Database:
                         Reason.STORAGE_FAILED, f"the database has schema {version}, this release knows {HEAD}"
                     )
             upgrade(tx)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file that an SQLite URL names, its folder made if missing; None for any other URL, also an unreadable one.
+
+    Raises OperationFailed(STORAGE_FAILED) if the folder cannot be made.
+    """
+    try:
+        parsed = make_url(url)
+        name = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError):
+        return None
+    if name != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        return None
+    path = Path(parsed.database)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperationFailed(
+            Reason.STORAGE_FAILED, f"the database's folder cannot be made: {error.strerror}"
+        ) from error
+    return path
 
 
 def _configure_sqlite(engine: Engine) -> None:

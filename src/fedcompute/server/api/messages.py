@@ -10,6 +10,7 @@ from fedcompute.errors import FedComputeError, Reason, RequestRejected
 from fedcompute.server.security.limits import read_body
 
 MEDIA_TYPE = "application/x-protobuf"
+_UNREAD = (Reason.REQUEST_TOO_LARGE, Reason.REQUEST_TOO_SLOW)
 
 M = TypeVar("M", bound=Message)
 
@@ -48,5 +49,5 @@ def error_response(error: FedComputeError) -> Response:
     """The JSON answer for a typed error: code, message, remedy."""
     document = {"code": error.reason.value, "message": error.detail, "remedy": error.remedy}
     # The rest of a refused body is never read, so the connection cannot serve another request.
-    headers = {"connection": "close"} if error.reason is Reason.REQUEST_TOO_LARGE else None
+    headers = {"connection": "close"} if error.reason in _UNREAD else None
     return JSONResponse(document, status_code=error.status, headers=headers)

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason, RequestRejected
+from fedcompute.learning.process import exported
 from fedcompute.server.api.paths import number
 from fedcompute.server.api.tasks import existing_task
 from fedcompute.server.context import Context, context_of
@@ -24,9 +25,12 @@ from fedcompute.storage.paths import MODEL, failure_path, server_checkpoint_path
 from fedcompute.storage.releases import completed_iterations, ledger_entries, metrics_of
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus
 from fedcompute.storage.tasks import TaskRow, get_task, list_tasks
+from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 
 _LIST_LIMIT = 1000
 _FAILURE_LIMIT = 64 * 1024
+# Their states hold the noise itself.
+_WITH_SECRETS = ("tree_aggregation", "adaptive_tree")
 _RELEASED = (IterationStatus.COMPLETED, IterationStatus.POST_PROCESSED)
 
 
@@ -168,7 +172,10 @@ def _checkpoint(context: Context, key: TaskKey, wanted: int | None) -> tuple[byt
     # A checkpoint may lie in the store before its round is released, or of a round that never will be.
     if iteration_id not in released:
         raise RequestRejected(Reason.NOT_FOUND, f"round {iteration_id} of task {key} has released nothing")
-    return _artifact(context, server_checkpoint_path(key, iteration_id)), iteration_id
+    data = _artifact(context, server_checkpoint_path(key, iteration_id))
+    if context.plans.server_plan(key).process.WhichOneof("aggregator") in _WITH_SECRETS:
+        data = write_checkpoint(exported(read_checkpoint(data)))
+    return data, iteration_id
 
 
 def _plan(context: Context, key: TaskKey) -> bytes:

@@ -91,6 +91,26 @@ def run_batches(context: Context, iteration: IterationRow) -> bool:
     return changed
 
 
+def add_up_again(context: Context, iteration: IterationRow) -> bool | None:
+    """Makes the sums of a round's finished batches anew, from the uploads that counted.
+
+    None while its jobs run; then whether every sum holds again what its batch counted.
+    """
+    with context.database.read() as tx:
+        finished = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
+    outcomes = [
+        (batch, context.jobs.poll(batch.key, aggregate, partial(_job, context, iteration, batch))) for batch in finished
+    ]
+    whole = True
+    for batch, outcome in outcomes:
+        if outcome is None:
+            return None
+        whole &= outcome.error is None and outcome.result == AggregateResult(batch.accepted_size or 0, ())
+    for batch, _ in outcomes:
+        context.jobs.forget(batch.key)
+    return whole
+
+
 def time_out(context: Context) -> bool:
     """Ends assignments that took too long, in rounds of every status; True if there were any.
 
@@ -155,7 +175,11 @@ def _fixed_denominator(context: Context, iteration: IterationRow) -> bool:
 def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> AggregateJob:
     settings, task = context.settings, iteration.key.task
     with context.database.read() as tx:
-        members: Sequence[str] = [row.key.session_id for row in assignments_of_batch(tx, batch.key)]
+        members: Sequence[str] = [
+            row.key.session_id
+            for row in assignments_of_batch(tx, batch.key)
+            if row.status is AssignmentStatus.UPLOAD_COMPLETED
+        ]
         keys = private_keys(tx, now())
     return AggregateJob(
         blob_url=settings.blobs,

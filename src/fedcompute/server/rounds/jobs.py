@@ -13,6 +13,7 @@ from fedcompute.storage.keys import BatchKey, IterationKey
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 10.0
+_LONGEST_POWER = 10
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Outcome:
 @dataclass
 class _Flight:
     future: Future[Any] | None
-    failures: int = 0
+    failures: int = 0  # that count towards giving up
+    outages: int = 0  # of the storage, which do not
     resume: float = 0.0  # monotonic time before which a failed job is not started again
 
 
 class Jobs:
     """Runs at most one job per key at a time and repeats those that fail, a little later each time.
+
+    Storage that fails is waited for, however long: a full disk must not cost a task. Other errors are given up after
+    `attempts`.
 
     Nothing here outlives the process: after a restart the database says which jobs are missing, and `poll` starts
     them again. For one thread, but `on_done` is called from the executor's threads.
@@ -61,16 +66,26 @@ class Jobs:
         error = flight.future.exception()
         if error is None:
             return Outcome(result=flight.future.result())
+        if isinstance(error, FedComputeError) and error.reason is Reason.STORAGE_FAILED:
+            flight.outages += 1
+            # Twice as rarely each time: an outage may last for days.
+            if flight.outages & (flight.outages - 1) == 0:
+                _LOG.error("job for %s waits for the storage (attempt %d): %s", key, flight.outages, error)
+            self._postpone(flight, flight.outages)
+            return None
         flight.failures += 1
         if flight.failures < self._attempts:
-            wait = min(2.0 ** (flight.failures - 1) - 1, _LONGEST_WAIT)
             _LOG.warning("job for %s failed (attempt %d of %d): %s", key, flight.failures, self._attempts, error)
-            flight.future, flight.resume = None, time.monotonic() + wait
-            self._on_done()
+            self._postpone(flight, flight.failures)
             return None
         if isinstance(error, FedComputeError):
             return Outcome(error=error)
         return Outcome(error=OperationFailed(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+
+    def _postpone(self, flight: _Flight, times: int) -> None:
+        wait = min(2.0 ** min(times - 1, _LONGEST_POWER) - 1, _LONGEST_WAIT)
+        flight.future, flight.resume = None, time.monotonic() + wait
+        self._on_done()
 
     def forget(self, key: BatchKey | IterationKey) -> None:
         """Drops what is known about the key's job, whose outcome is recorded."""

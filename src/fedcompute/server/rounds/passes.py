@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from fedcompute.errors import FedComputeError
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.collect import collect, finish_aggregating, time_out
 from fedcompute.server.rounds.release import apply
@@ -75,9 +76,10 @@ class Passes:
                 changed |= step()
             except Exception as error:
                 complaint = f"{type(error).__name__}: {error}"
-                # The pass comes again every second; the same complaint is worth one traceback.
+                # The pass comes again every second; the same complaint is worth one line, or one traceback.
                 if self._complaints.get(name) != complaint:
-                    _LOG.exception("no progress with %s", name)
+                    trace = None if isinstance(error, FedComputeError) else error
+                    _LOG.error("no progress with %s: %s", name, error, exc_info=trace)
                 self._complaints[name] = complaint
             else:
                 self._complaints.pop(name, None)

@@ -3,9 +3,10 @@
 import logging
 import math
 
-from fedcompute.errors import FedComputeError
+from fedcompute.errors import FedComputeError, Reason
 from fedcompute.privacy.ledger import events_document
 from fedcompute.server.context import Context, now
+from fedcompute.server.rounds.collect import add_up_again
 from fedcompute.server.rounds.schedule import fail
 from fedcompute.server.rounds.update import UpdateJob, UpdateResult, update
 from fedcompute.storage.assignments import cancel_unused
@@ -24,13 +25,26 @@ from fedcompute.storage.schema import BatchStatus, IterationStatus
 from fedcompute.storage.tasks import TaskRow, get_task
 
 _LOG = logging.getLogger(__name__)
+_DAMAGED_SUM = (Reason.PARTIAL_SUM_MALFORMED, Reason.PARTIAL_SUM_MISMATCH)
 
 
 def apply(context: Context, iteration: IterationRow) -> bool:
-    """One look at an APPLYING iteration: starts its update job, or closes it with what the job gave; True if closed."""
+    """One look at an APPLYING iteration: starts its update job, or closes it with what the job gave; True if it did.
+
+    Sums that lie damaged in the store are made anew from their uploads, once.
+    """
     outcome = context.jobs.poll(iteration.key, update, lambda: _job(context, iteration))
     if outcome is None:
         return False
+    if outcome.error is not None and outcome.error.reason in _DAMAGED_SUM and iteration.key not in context.repaired:
+        again = add_up_again(context, iteration)
+        if again is None:
+            return False
+        _LOG.warning("the sums of round %s were damaged and %s", iteration.key, "are made anew" if again else "lost")
+        context.repaired.add(iteration.key)
+        if again:
+            context.jobs.forget(iteration.key)
+            return True
     if outcome.error is not None:
         _give_up(context, iteration, outcome.error)
     else:

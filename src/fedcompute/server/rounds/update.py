@@ -18,7 +18,7 @@ from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.noise import NoiseSource, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.rounds.plans import read_server_plan, read_stored
-from fedcompute.storage.blobs import BlobStore, open_blob_store
+from fedcompute.storage.blobs import BlobMissing, BlobStore, open_blob_store
 from fedcompute.storage.paths import AGGREGATED, MODEL
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint, write_checkpoint
 from fedcompute.tensors.partial_sum import PartialSum, decode, merge
@@ -94,8 +94,12 @@ def _read_leaves(blobs: BlobStore, path: str, limit: int) -> Tensors:
 
 
 def _read_sum(blobs: BlobStore, path: str, digest: bytes, limit: int) -> PartialSum:
-    # int64 or float64 leaves: at most twice the size of the float32 update.
-    total = decode(read_stored(blobs.get(AGGREGATED, path, limit=4 * limit), 4 * limit))
+    try:
+        # int64 or float64 leaves: at most twice the size of the float32 update.
+        stored = read_stored(blobs.get(AGGREGATED, path, limit=4 * limit), 4 * limit)
+    except (BlobMissing, ArtifactInvalid) as error:
+        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"a partial sum is gone or damaged: {error}") from error
+    total = decode(stored)
     if total.plan_digest != digest:
         raise ArtifactInvalid(Reason.PARTIAL_SUM_MISMATCH, "the partial sum belongs to another plan")
     return total

@@ -1,5 +1,7 @@
 """Bounds on what a request may send, checked before and while its body is read."""
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import Request
@@ -9,6 +11,9 @@ from fedcompute.errors import Reason, RequestRejected
 # A check-in or report is a few dozen bytes, a task a few kilobytes.
 MESSAGE_LIMIT = 64 * 1024
 TASK_LIMIT = 1024 * 1024
+# A body may be slow, not endless: so many seconds of waiting for it, and one more for every so many bytes.
+PATIENCE_S = 60.0
+SLOWEST_BYTES_S = 1024
 
 
 def declared_length(request: Request) -> int | None:
@@ -24,13 +29,25 @@ def declared_length(request: Request) -> int | None:
 async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     """Yields the body's pieces; raises RequestRejected(REQUEST_TOO_LARGE) at the first byte beyond `limit` bytes.
 
-    A declared length beyond the limit is refused before anything is read.
+    A declared length beyond the limit is refused before anything is read. Raises RequestRejected(REQUEST_TOO_SLOW)
+    once the sender has been waited for longer than its bytes deserve.
     """
     length = declared_length(request)
     if length is not None and length > limit:
         raise _too_large(length, limit)
-    total = 0
-    async for chunk in request.stream():
+    total, waited = 0, 0.0
+    pieces = request.stream()
+    while True:
+        start = time.monotonic()
+        try:
+            chunk = await asyncio.wait_for(anext(pieces), PATIENCE_S + total / SLOWEST_BYTES_S - waited)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise RequestRejected(
+                Reason.REQUEST_TOO_SLOW, f"{total} bytes of the body in {waited + time.monotonic() - start:.0f} s"
+            ) from None
+        waited += time.monotonic() - start
         total += len(chunk)
         if total > limit:
             raise _too_large(total, limit)
