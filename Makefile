@@ -21,6 +21,7 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/round.py
+	$(BIN)/python benchmarks/build.py
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_protos.py

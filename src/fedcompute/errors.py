@@ -67,6 +67,7 @@ class Reason(StrEnum):
     # Operation
     STORAGE_FAILED = "storage_failed"
     DATA_IN_USE = "data_in_use"
+    SERVER_STOPPING = "server_stopping"
     BLOB_TOO_LARGE = "blob_too_large"
     SETTINGS_INVALID = "settings_invalid"
     BUDGET_SPENT = "budget_spent"
@@ -136,6 +137,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
     Reason.DATA_IN_USE: Entry(409, "stop the other server, or choose another data directory"),
+    Reason.SERVER_STOPPING: Entry(503, "send again when the server is back"),
     Reason.BLOB_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
     Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
     Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),

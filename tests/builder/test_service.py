@@ -304,14 +304,14 @@ def python_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory):
-    """A model of 280 MB of zeros, which is small in an archive."""
+    """A model of 170 MB of zeros, which is small in an archive."""
     import keras
     import tensorflow as tf
 
     from fedcompute.models.functional_model import functional_model_from_keras
     from fedcompute.models.saved_model import save_functional_model
 
-    layers = [keras.Input((6,)), keras.layers.Dense(10_000_000, kernel_initializer="zeros")]
+    layers = [keras.Input((6,)), keras.layers.Dense(6_000_000, kernel_initializer="zeros")]
     model = functional_model_from_keras(
         keras_model=keras.Sequential(layers),
         loss_fn=lambda label, output: tf.reduce_mean(output),
@@ -324,12 +324,11 @@ def large_model(tmp_path_factory):
 
 def test_a_build_that_takes_too_much_memory_fails_alone(serve, task_management, service, request_of, large_model):
     management_url = service[0].url
-    settings = ServiceSettings(task_management_url=management_url, build_memory=900 << 20)
+    settings = ServiceSettings(task_management_url=management_url, build_memory=800 << 20)
     with serve(create_service(settings)) as url:
         response = send(request_of(model=large_model), url)
         assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR, response
         assert "memory" in response.error_info.error_message or "MiB" in response.error_info.error_message
-        print(response.error_info)
         after = send(request_of(), url)
         assert after.WhichOneof("result") == "task_group", after
 

@@ -1,5 +1,6 @@
 """The quickstart as a user types it, in a process of its own."""
 
+import io
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fedcompute.cli import quickstart
 from fedcompute.cli.sample_task import SampleTask, config_text
 from fedcompute.monitoring.operator_api import OperatorApi
 
@@ -131,6 +134,38 @@ def test_however_it_is_stopped_no_process_stays_and_a_server_resumes_its_directo
     finally:
         server.terminate()
         server.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(("end", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_stopped_while_it_builds_it_says_so_without_a_traceback_and_leaves_no_process(tmp_path, end, send):
+    directory = tmp_path / "run"
+    process = started(directory)
+    wait_until(lambda: directory.exists() and descendants(process.pid), 30)
+    # Ctrl-C on a terminal goes to the whole group, also to workers that have only just begun.
+    children = descendants(process.pid)
+    send(process.pid, end)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Stopped." in output
+    assert errors == ""
+    wait_until(lambda: not any(alive(child) for child in children), 20)
+
+
+def test_runs_that_start_in_the_same_second_have_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({quickstart.own_directory(None) for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize("url", [None, "http://localhost:1234"])
+def test_the_commands_it_names_reach_the_server_that_is_there(url):
+    words = io.StringIO()
+    quickstart.print_commands(Console(file=words, soft_wrap=True), Path("a b"), url)
+    lines = words.getvalue().splitlines()
+    assert ("fedcompute server --data-dir 'a b'" in words.getvalue()) == (url is None)
+    for line in lines:
+        if "fedcompute task" in line:
+            assert (f"--server {url}" in line) == (url is not None)
+    assert any("metrics table 'a b' --population quickstart" in line for line in lines)
 
 
 def test_the_configuration_names_the_devices_as_the_population_and_delta_explicitly(tmp_path):

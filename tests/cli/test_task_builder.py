@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -122,39 +123,73 @@ def test_help_has_an_example_and_every_flag(program, name):
     assert ("--impersonate_service_account" if name == CLIENT else "--total_population") in result.stdout
 
 
-def test_impersonation_is_refused_rather_than_ignored(program):
-    result = program(CLIENT, "--saved_model=x", "--task_config=y", "--impersonate_service_account=a@b")
-    assert result.returncode == 1
-    assert "not supported" in result.stderr
-
-
-def test_a_token_of_the_metadata_server_is_sent_for_the_endpoint_and_no_other(monkeypatch):
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-
-    from fedcompute.cli.task_builder_client import _token_header
-
+def test_an_api_key_goes_into_the_url_alone_and_is_never_shown(program, model):
     asked = []
 
-    class Metadata(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, self.headers["Metadata-Flavor"]))
-            self.send_response(200)
+    class Gateway(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, self.headers["authorization"]))
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(403)
             self.end_headers()
-            self.wfile.write(b"token\n")
 
         def log_message(self, *_): ...
 
-    metadata = HTTPServer(("127.0.0.1", 0), Metadata)
-    threading.Thread(target=metadata.serve_forever, daemon=True).start()
-    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{metadata.server_port}")
-    assert _token_header("http://localhost:5000/x") == {}
-    assert asked == []
-    assert _token_header("https://builder.example.org/x") == {"authorization": "Bearer token"}
-    assert asked[0][0].endswith("audience=https%3A%2F%2Fbuilder.example.org%2Fx")
-    assert asked[0][1] == "Google"
-    metadata.shutdown()
-    metadata.server_close()
-    assert _token_header("https://builder.example.org/x") == {}
+    gateway = HTTPServer(("127.0.0.1", 0), Gateway)
+    threading.Thread(target=gateway.serve_forever, daemon=True).start()
+    arguments = [f"--saved_model={model.saved}", f"--task_config={model.config}", "--api_key=SECRET"]
+    result = program(CLIENT, f"--task_builder_server=http://127.0.0.1:{gateway.server_port}/", *arguments)
+    gateway.shutdown()
+    gateway.server_close()
+    assert asked == [("/taskbuilder/v1:build-task-group?key=SECRET", None)]
+    assert result.returncode == 1
+    assert "403" in result.stderr
+    assert "SECRET" not in result.stderr + result.stdout
+
+
+def _artifact_blocks(config, out):
+    text = config
+    for anchor, prefix in (("learning_process {", ""), ("evaluation {", "eval_")):
+        urls = " ".join(
+            f'{name}_url: "{out}/{prefix}{file}"'
+            for name, file in (("plan", "plan.pb"), ("client_plan", "client_only_plan.pb"), ("checkpoint", "state.ckp"))
+        )
+        text = text.replace(anchor, f"{anchor} artifact_building {{ {urls} }}", 1)
+    return text
+
+
+def test_artifacts_only_from_the_client_to_files_through_a_service_of_its_own(program, start, model, tmp_path):
+    # No task management answers there: none is needed.
+    environment = {"TASK_MANAGEMENT_SERVER_URL": "http://localhost:9"}
+    process = start("task_builder", "--port=0", f"--storage_root={tmp_path}", env=environment)
+    url = process.stdout.readline().split()[-1]
+    arguments = [f"--task_builder_server={url}", f"--saved_model={model.saved}", "--build_artifact_only=true"]
+    config = tmp_path / "config.pbtxt"
+    config.write_text(_artifact_blocks(model.config.read_text(), tmp_path / "out"))
+    result = program(CLIENT, *arguments, f"--task_config={config}")
+    assert result.returncode == 0, result.stderr
+    assert "Success! Tasks are built, and artifacts are uploaded to the cloud." in result.stderr
+    assert f'server_phase_url: "{tmp_path}/out/eval_plan.pb"' in result.stderr
+    names = {"plan.pb", "client_only_plan.pb", "state.ckp"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {f"eval_{name}" for name in names}
+    for broken, text in (
+        (_artifact_blocks(model.config.read_text(), "{storage_path}"), "Replace the placeholder in braces"),
+        (_artifact_blocks(model.config.read_text(), "/etc"), "only below its storage root"),
+        (model.config.read_text(), "invalid URLs: empty URI."),
+    ):
+        config.write_text(broken)
+        refused = program(CLIENT, *arguments, f"--task_config={config}")
+        assert refused.returncode == 1
+        assert text in refused.stderr
+
+
+def test_an_impersonation_that_fails_is_an_error_rather_than_a_request_without_identity(program, model, tmp_path):
+    arguments = [f"--saved_model={model.saved}", f"--task_config={model.config}", "--impersonate_service_account=a@b.c"]
+    environment = {"GCE_METADATA_HOST": "127.0.0.1:9", "HOME": str(tmp_path), "GOOGLE_APPLICATION_CREDENTIALS": ""}
+    result = program(CLIENT, "--task_builder_server=http://localhost:1", *arguments, env=environment)
+    assert result.returncode == 1
+    assert "--impersonate_service_account: no application default credentials" in result.stderr
+    assert "Send HTTP request" not in result.stderr
 
 
 def test_a_builder_on_a_port_in_use_is_a_block(program):

@@ -114,3 +114,13 @@ def test_minimum_separation_lowers_the_honest_epsilon_and_noiseless_runs_are_cal
     assert spaced.epsilon < free.epsilon
     assert f"{free.epsilon:.2f}" in privacy_sentences(free)[1]
     assert "no privacy promise" in privacy_sentences(privacy_report([[GaussianEvent(0.0)]], **settings))[0]
+
+
+def test_epsilon_of_little_noise_is_the_library_s_or_a_trace_above():
+    event = dp_accounting.PoissonSampledDpEvent(0.002, dp_accounting.GaussianDpEvent(0.09))
+    direct = pld.PLDAccountant().compose(event).get_epsilon(1e-6)
+    assert direct <= poisson_epsilon(0.09, 1, 0.002, 1e-6) <= direct * (1 + 1e-4)
+
+
+def test_the_least_noise_that_is_accounted_for_fits_into_memory():
+    assert 1e5 < poisson_epsilon(1e-3, 1, 0.002, 1e-6) < math.inf

@@ -73,6 +73,28 @@ def test_a_slow_body_within_its_allowance_is_taken(impatient):
     assert received.startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_server_that_stops_tells_an_upload_under_way_and_stores_nothing_of_it(
+    monkeypatch, tmp_path, run_server, hand_made, caplog
+):
+    monkeypatch.setattr("fedcompute.app.GRACE_SECONDS", 1)
+    server = run_server()
+    server.api.open_task("stopping", hand_made.process_of(), goal=1)
+    instruction = server.api.upload_instruction(server.api.assignment("stopping"))
+    place = urlsplit(instruction.upload_location)
+    head = f"PUT {place.path}?{place.query} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+    head += "".join(f"{name}: {value}\r\n" for name, value in instruction.extra_request_headers.items())
+    with socket.create_connection(("127.0.0.1", place.port)) as client:
+        client.sendall(head.encode() + b"\r\nhalf an update")
+        time.sleep(0.2)
+        server.stop()
+        client.settimeout(5)
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"server_stopping" in answer
+    assert not [path for path in (server.settings.data_dir / "blobs" / "gradient").rglob("*") if path.is_file()]
+    assert "Traceback" not in caplog.text
+
+
 def test_a_client_that_does_not_take_its_answer_is_cut_off(impatient):
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from fedcompute.builder.calibrations import calibrated
 from fedcompute.builder.problem import ConfigProblems, Problem
 from fedcompute.builder.rules import MAX_TARGET_EPSILON, adaptive_noise_problem, is_adaptive, problem
 from fedcompute.builder.validation import BuildSettings, supported
@@ -67,7 +68,12 @@ def _poisson_epsilon(dp: DpParameters) -> float:
 def _calibrate_poisson(dp: DpParameters, target_epsilon: float) -> float:
     from fedcompute.privacy.accounting import calibrate_noise
 
-    return calibrate_noise(target_epsilon, dp.rounds, dp.sampling_probability, dp.delta)
+    arguments = (dp.rounds, dp.sampling_probability, dp.delta)
+    return calibrated(
+        *("poisson", arguments, target_epsilon),
+        calibrate=lambda: calibrate_noise(target_epsilon, *arguments),
+        epsilon=lambda noise: _poisson_epsilon(replace(dp, noise_multiplier=noise)),
+    )
 
 
 def _fixed_gaussian(dp: DpParameters) -> learning_pb2.FixedGaussian:
@@ -117,7 +123,11 @@ def _tree_epsilon(dp: DpParameters) -> float:
 def _calibrate_tree(dp: DpParameters, target_epsilon: float) -> float:
     from fedcompute.privacy.accounting import calibrate_tree_noise
 
-    return calibrate_tree_noise(target_epsilon, dp.rounds, dp.delta)
+    return calibrated(
+        *("tree", (dp.rounds, dp.delta), target_epsilon),
+        calibrate=lambda: calibrate_tree_noise(target_epsilon, dp.rounds, dp.delta),
+        epsilon=lambda noise: _tree_epsilon(replace(dp, noise_multiplier=noise)),
+    )
 
 
 def _initial_clip_norm(dp: task_builder_pb2.DifferentialPrivacy) -> float:

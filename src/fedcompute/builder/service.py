@@ -80,6 +80,8 @@ class BuildWorker:
                 logger.info("This model and configuration were built before.")
                 return BuildOutcome(known.report, group=known)
             outcome = await self._run(job, timeout)
+            if outcome.worn:
+                self.close()
             # A model that changed meanwhile must not be kept under the old one's name.
             if key is not None and outcome.group is not None and key == await run_in_threadpool(_key, job):
                 self._cache.put(key, outcome.group)

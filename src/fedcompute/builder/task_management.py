@@ -3,13 +3,14 @@
 
 import gzip
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote, urlsplit
 
 import httpx
 from google.protobuf.message import DecodeError
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
+from fedcompute.builder.identity import id_token_header
 from fedcompute.errors import BuildFailed, Reason
 from fedcompute.protos import task_builder_pb2, task_pb2
 
@@ -34,17 +35,19 @@ def register_group(base_url: str, group: BuiltGroup) -> task_builder_pb2.TaskGro
     fields = (("training_task", group.training), ("eval_task", group.evaluation))
     kinds = [(kind, built) for kind, built in fields if built is not None]
     created: list[task_pb2.Task] = []
+    # For task management alone: uploads go to URLs that carry their own signature.
+    identity = id_token_header(base)
     with httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client:
         try:
             for _, built in kinds:
-                created.append(_create(client, base, built.task))
+                created.append(_create(client, base, built.task, identity))
             uploads = [_uploads(task, built) for task, (_, built) in zip(created, kinds, strict=True)]
             for task, parts in zip(created, uploads, strict=True):
                 for url, data in parts:
                     _upload(client, task.task_id, url, data)
                 logger.info("Artifacts are uploaded for task %s.", task.task_id)
         except Exception:
-            _cancel(client, base, created)
+            _cancel(client, base, created, identity)
             raise
     return task_builder_pb2.TaskGroup(**{kind: task for (kind, _), task in zip(kinds, created, strict=True)})
 
@@ -63,13 +66,13 @@ def link_warning(group: task_builder_pb2.TaskGroup) -> str | None:
     )
 
 
-def _create(client: httpx.Client, base: str, task: task_pb2.Task) -> task_pb2.Task:
+def _create(client: httpx.Client, base: str, task: task_pb2.Task, identity: Mapping[str, str]) -> task_pb2.Task:
     url = f"{base}/taskmanagement/v1/population/{quote(task.population_name, safe='')}:create-task"
     failed = "Failed to create tasks by task management service: "
     request = task_pb2.CreateTaskRequest(task=task)
     try:
         with client.stream(
-            "POST", url, content=request.SerializeToString(), headers={"content-type": PROTOBUF}
+            "POST", url, content=request.SerializeToString(), headers={"content-type": PROTOBUF, **identity}
         ) as answer:
             body = _read(answer)
     except httpx.HTTPError as error:
@@ -122,11 +125,11 @@ def _upload(client: httpx.Client, task_id: int, url: str, data: bytes) -> None:
     logger.info("Upload complete!")
 
 
-def _cancel(client: httpx.Client, base: str, tasks: Sequence[task_pb2.Task]) -> None:
+def _cancel(client: httpx.Client, base: str, tasks: Sequence[task_pb2.Task], identity: Mapping[str, str]) -> None:
     for task in tasks:
         url = f"{base}/taskmanagement/v1/population/{quote(task.population_name, safe='')}/tasks/{task.task_id}:cancel"
         try:
-            answer = client.post(url)
+            answer = client.post(url, headers=identity)
             done = answer.is_success
         except httpx.HTTPError:
             done = False

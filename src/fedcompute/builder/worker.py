@@ -7,7 +7,7 @@ import resource
 import signal
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedCo
 from fedcompute.protos import task_builder_pb2
 
 logger = logging.getLogger(__name__)
+
+# The share of its limit that a process may hold between builds.
+_WORN = 0.75
 
 _ErrorType = task_builder_pb2.ErrorType
 
@@ -34,11 +37,15 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """Either a group or an error, and the report as far as the work got."""
+    """Either a group or an error, and the report as far as the work got.
+
+    `worn`: the process holds so much memory after it that another build should have a new one.
+    """
 
     report: task_builder_pb2.TaskReport
     group: BuiltGroup | None = None
     error: task_builder_pb2.ErrorInfo | None = None
+    worn: bool = False
 
 
 def prepare_worker(memory_bytes: int) -> None:
@@ -71,6 +78,21 @@ def _end_with(sentinel: int) -> None:
 
 def run_build(job: BuildJob) -> BuildOutcome:
     """Builds a request's task group; every failure becomes an error in the published words."""
+    return replace(_outcome(job), worn=_data_bytes() > _WORN * resource.getrlimit(resource.RLIMIT_DATA)[0] > 0)
+
+
+def _data_bytes() -> int:
+    """What counts against the limit; 0 where the system does not tell, nor enforce it."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmData:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 0
+
+
+def _outcome(job: BuildJob) -> BuildOutcome:
     from fedcompute.builder.build import build_task_group
 
     report = task_builder_pb2.TaskReport()

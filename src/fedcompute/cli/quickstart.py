@@ -74,7 +74,7 @@ def quickstart(
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"--model: no model {model!r}", remedy="see fedcompute quickstart --help"
         )
-    root = _own_directory(directory)
+    root = own_directory(directory)
     task = SampleTask(root / "model", model, data, devices, rounds, noise_multiplier)
     # Whoever stops it politely gets the same orderly end as Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -85,7 +85,7 @@ def quickstart(
         raise typer.Exit(130) from None
 
 
-def _own_directory(wanted: Path | None) -> Path:
+def own_directory(wanted: Path | None) -> Path:
     """Makes the run's directory, which no other run has; raises OperationFailed(SETTINGS_INVALID) or OSError."""
     if wanted is not None:
         wanted.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serv
             )
             _train(console, settings, task, tasks, root)
             _conclude(console, workshop, settings, task, tasks, sample, root)
-            _print_commands(console, root, settings.base_url if keep_serving else None)
+            print_commands(console, root, settings.base_url if keep_serving else None)
             console.print(f"[dim]{time.monotonic() - start:.0f} s in all[/]")
             if keep_serving:
                 console.print(f"\nServing on {settings.base_url} until Ctrl-C.")
@@ -220,9 +220,7 @@ def _train(console: Console, settings: Settings, task: SampleTask, tasks: tuple[
     fleet_settings = FleetSettings(
         server_url=settings.base_url, population=POPULATION, devices=task.devices, data=task.data, seed=task.seed
     )
-    console.print(
-        f"\n{'round':>9}  {'accuracy':>8}  {'loss':>7}  {'contributions':>13}  {'rejected':>8}  {'seconds':>7}"
-    )
+    console.print(f"\n{'round':>10} {'accuracy':>8} {'loss':>7} {'contributions':>13} {'rejected':>8} {'seconds':>7}")
     shown: set[tuple[int, int]] = set()
     last_change, contributions = time.monotonic(), 0
     with Fleet(fleet_settings, root / "fleet.log") as fleet, DeviceLine(console) as line:
@@ -266,8 +264,8 @@ def _print_rounds(console: Console, view: Mapping[str, Any], task_id: int, shown
         evaluated = one["evaluated_iteration_id"]
         name = f"eval of {evaluated}" if evaluated is not None else str(number)
         line = (
-            f"{name:>9}  {_number(values.get(_ACCURACY), '8.3f')}  {_number(values.get('loss'), '7.3f')}  "
-            f"{one['assignments'].get('UPLOAD_COMPLETED', 0):>13}  {one['assignments'].get('REMOTE_FAILED', 0):>8}  "
+            f"{name:>10} {_number(values.get(_ACCURACY), '8.3f')} {_number(values.get('loss'), '7.3f')} "
+            f"{one['assignments'].get('UPLOAD_COMPLETED', 0):>13} {one['assignments'].get('REMOTE_FAILED', 0):>8} "
             f"{seconds:7.1f}"
         )
         console.print(line, style="dim" if evaluated is not None else "")
@@ -357,7 +355,7 @@ def _print_places(
     )
 
 
-def _print_commands(console: Console, root: Path, url: str | None) -> None:
+def print_commands(console: Console, root: Path, url: str | None) -> None:
     """What to type next; `url`: of the server that goes on, None if it ends here."""
     there = shlex.quote(str(root))
     serve = [] if url else [(f"fedcompute server --data-dir {there}", "serve what is here again, then:")]

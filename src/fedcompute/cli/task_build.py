@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.cli import options
 from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
@@ -21,6 +22,7 @@ class _Job:
     model: Path
     config: bytes  # serialized TaskConfig
     flags: bytes  # serialized ExperimentFlags
+    lower_ops: LowerOps
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def build(
     skip_flex_ops_check: Annotated[
         bool, typer.Option("--skip-flex-ops-check", help="Accept operations that phones may lack.")
     ] = False,
+    lower_ops: Annotated[
+        LowerOps, typer.Option(help="Rewrite operations that phones lack: auto, where the check would fail otherwise.")
+    ] = LowerOps.AUTO,
     as_json: options.AsJson = False,
 ) -> None:
     """Build the tasks that a configuration asks for and register them; devices get them once they are open."""
@@ -67,7 +72,7 @@ def build(
         skip_dp_check=skip_dp_check, skip_dp_aggregator=skip_dp_aggregator, skip_flex_ops_check=skip_flex_ops_check
     )
     with _status("building plans and checkpoints ...", quiet=as_json):
-        group = _built(_Job(model, loaded.config.SerializeToString(), flags.SerializeToString()))
+        group = _built(_Job(model, loaded.config.SerializeToString(), flags.SerializeToString(), lower_ops))
     tasks = [built.task for built in (group.training, group.evaluation) if built is not None]
     warnings = [*loaded.warnings, *group.report.warnings]
     if not dry_run:
@@ -139,9 +144,11 @@ def _build_group(job: _Job) -> Any:
     config = task_builder_pb2.TaskConfig.FromString(job.config)
     flags = task_builder_pb2.ExperimentFlags.FromString(job.flags)
     if not job.model.is_file():
-        return build_task_group(job.model, config, flags)
+        return build_task_group(job.model, config, flags, lower_ops=job.lower_ops)
     with tempfile.TemporaryDirectory(prefix="fedcompute-build-") as scratch, job.model.open("rb") as archive:
-        return build_task_group(unpack(archive.read(MAX_ARCHIVE_BYTES + 1), Path(scratch)), config, flags)
+        return build_task_group(
+            unpack(archive.read(MAX_ARCHIVE_BYTES + 1), Path(scratch)), config, flags, lower_ops=job.lower_ops
+        )
 
 
 def _status(text: str, *, quiet: bool) -> Any:

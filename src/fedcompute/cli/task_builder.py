@@ -16,6 +16,7 @@ Example: TASK_MANAGEMENT_SERVER_URL=http://localhost:8080 task_builder --port=50
 """
 DEFAULT_TASK_MANAGEMENT_URL = "http://localhost:8080"
 _OPS_TABLE_LIMIT = 1 << 20
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _SKIP_FLAGS = ("skip_flex_ops_check", "skip_dp_check", "skip_dp_aggregator")
 
 
@@ -44,10 +45,24 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "support_ops", None, "File of `version,op` lines: the ops that devices have.", flag_values=values
     )
-    flags.DEFINE_string("storage_root", None, "Directory that artifact-only builds may write to.", flag_values=values)
+    flags.DEFINE_string(
+        "storage_root",
+        None,
+        "Directory that artifact-only builds may write to; by default the current one if --host is this machine's own "
+        "address, else none.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean(
         "allow_local_models", True, "Let requests name a model by a path on this machine.", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "allow_object_stores",
+        True,
+        "Let requests name models and artifacts by gs:// and s3:// URIs, reached with this service's credentials.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("build_timeout", 540, "Seconds that one build may take.", 1, flag_values=values)
+    flags.DEFINE_integer("build_memory", 8192, "MiB of data that the build process may hold.", 1, flag_values=values)
     for name in _SKIP_FLAGS:
         flags.DEFINE_boolean(f"allow_{name}", True, f"Let requests set {name}.", flag_values=values)
 
@@ -70,11 +85,17 @@ def _serve(values: flags.FlagValues) -> int:
             Reason.URL_NOT_ALLOWED, f"{tasks_url!r} is no server URL", remedy="write it as http://host:port"
         )
     root = values["storage_root"].value
+    is_local = values["host"].value in _LOCAL_HOSTS
     settings = ServiceSettings(
         task_management_url=tasks_url,
         default_population=values["total_population"].value,
-        storage_root=Path(root) if root else None,
+        # Who reaches this machine's own address may write here anyway; who comes over a network may not.
+        storage_root=Path(root).absolute() if root else (Path.cwd() if is_local else None),
         allow_local_models=values["allow_local_models"].value,
+        allow_object_stores=values["allow_object_stores"].value,
+        hosts=frozenset(_LOCAL_HOSTS) if is_local else frozenset(),
+        build_timeout=values["build_timeout"].value,
+        build_memory=values["build_memory"].value << 20,
         forbidden_flags=frozenset(name for name in _SKIP_FLAGS if not values[f"allow_{name}"].value),
         op_table=_read_ops(values["support_ops"].value),
     )

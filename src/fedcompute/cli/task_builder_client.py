@@ -1,12 +1,8 @@
 """The `task_builder_client` program, with the flags of the published tutorial (spec/task-builder.md 8.2 to 8.4)."""
 
-import os
-from urllib.parse import urlsplit
-
 from absl import flags, logging
 
 from fedcompute.cli.flags import run
-from fedcompute.errors import BuildFailed, Reason
 from fedcompute.protos import task_pb2
 
 USAGE = """
@@ -15,9 +11,7 @@ Sends a model and a task configuration to a task builder and prints what it made
 Example: task_builder_client --task_builder_server=http://localhost:5000 --saved_model=saved_model \\
              --task_config=fcp_server_config.json
 """
-_TOKEN_LIMIT = 1 << 16
 _URL_FIELDS = ("client_only_plan_url", "server_phase_url", "init_checkpoint_url", "metrics_url")
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 def main() -> None:
@@ -38,7 +32,7 @@ def _define(values: flags.FlagValues) -> None:
         ("task_builder_server", DEFAULT_SERVER, "Base URL of the task builder."),
         ("population_name", None, "Replaces population_name of the configuration."),
         ("api_key", None, "API key, sent as ?key=; replaces any token."),
-        ("impersonate_service_account", None, "Service account whose token is sent; not supported by this version."),
+        ("impersonate_service_account", None, "Service account whose token is sent."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     for name, text in (
@@ -52,6 +46,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _build(values: flags.FlagValues) -> int:
     from fedcompute.builder.client import build_request, load_config, render, send
+    from fedcompute.builder.identity import id_token_header
     from fedcompute.protos import task_builder_pb2
 
     saved_model = values["saved_model"].value or ""
@@ -60,12 +55,6 @@ def _build(values: flags.FlagValues) -> int:
     for name, value in (("saved_model", saved_model), ("task_config", task_config)):
         if not value:
             raise ValueError(f"`--{name}` is required but not set.")
-    if values["impersonate_service_account"].value and not values["api_key"].value:
-        raise BuildFailed(
-            Reason.SETTINGS_INVALID,
-            "--impersonate_service_account is not supported by this version",
-            remedy="use --api_key, or run the client where a metadata server gives it a token",
-        )
     logging.info("Creating build task request from command-line options.")
     loaded = load_config(task_config, population_name=values["population_name"].value or "")
     for warning in loaded.warnings:
@@ -85,7 +74,7 @@ def _build(values: flags.FlagValues) -> int:
         server,
         artifact_only=artifact_only,
         api_key=api_key,
-        headers={} if api_key else _token_header(endpoint),
+        headers={} if api_key else id_token_header(endpoint, values["impersonate_service_account"].value or ""),
     )
     response.task_report.warnings[:0] = loaded.warnings
     # Only where there are tasks: touching the group of a refusal would turn it into a success.
@@ -97,39 +86,6 @@ def _build(values: flags.FlagValues) -> int:
         logging.info("%s", record)
     logging.log(logging.INFO if rendered.success else logging.ERROR, "%s", rendered.records[-1])
     return 0 if rendered.success else 1
-
-
-def _token_header(endpoint: str) -> dict[str, str]:
-    """A bearer token of the machine's metadata server for `endpoint`; nothing where there is none, or none is needed.
-
-    Built for each request, so that no token reaches a server it was not made for.
-    """
-    import httpx
-
-    if urlsplit(endpoint).hostname in _LOCAL_HOSTS:
-        return {}
-    logging.info("Retrieving id token from metadata server.")
-    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
-    try:
-        with httpx.stream(
-            "GET",
-            f"http://{host}/computeMetadata/v1/instance/service-accounts/default/identity",
-            params={"audience": endpoint},
-            headers={"Metadata-Flavor": "Google"},
-            timeout=2.0,
-            trust_env=False,
-        ) as answer:
-            token = b""
-            for chunk in answer.iter_bytes():
-                token += chunk
-                if len(token) > _TOKEN_LIMIT:
-                    break
-    except httpx.HTTPError:
-        token = b""
-    if not token or len(token) > _TOKEN_LIMIT or not answer.is_success or not token.isascii():
-        logging.info("No metadata server gives a token; the request goes without one.")
-        return {}
-    return {"authorization": f"Bearer {token.decode().strip()}"}
 
 
 def _drop_signatures(task: task_pb2.Task) -> None:

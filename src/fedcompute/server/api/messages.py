@@ -10,7 +10,7 @@ from fedcompute.errors import FedComputeError, Reason, RequestRejected
 from fedcompute.server.security.limits import read_body
 
 MEDIA_TYPE = "application/x-protobuf"
-_UNREAD = (Reason.REQUEST_TOO_LARGE, Reason.REQUEST_TOO_SLOW)
+_UNREAD = (Reason.REQUEST_TOO_LARGE, Reason.REQUEST_TOO_SLOW, Reason.SERVER_STOPPING)
 
 M = TypeVar("M", bound=Message)
 

@@ -1,5 +1,6 @@
 """What happens to every request: an id, one line in the access log, and an answer whatever goes wrong."""
 
+import asyncio
 import logging
 import re
 import time
@@ -11,13 +12,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedcompute.errors import FedComputeError, Reason
+from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.api.messages import error_response
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
 # Without authentication a session's id is its only secret.
 _SESSION = re.compile(r"\b([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+_STOPPING = OperationFailed(Reason.SERVER_STOPPING, "the server stops before the request was through")
 
 
 class RequestLog:
@@ -49,6 +51,10 @@ class RequestLog:
             await self._app(scope, receive, send_and_note)
         except ClientDisconnect:
             status = status or 499
+        except asyncio.CancelledError:
+            # Only a server that stops does that, after its grace; the device hears of it and comes again.
+            if not status:
+                await error_response(_STOPPING)(scope, receive, send_and_note)
         except Exception:
             path = _SESSION.sub(r"\1...", scope["path"])
             _LOG.exception("request %s failed: %s %s", request_id, scope["method"], path)
