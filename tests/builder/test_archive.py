@@ -121,3 +121,22 @@ def test_a_damaged_or_oversized_configuration_does_no_harm():
     with pytest.raises(ArtifactInvalid, match="cannot be read"):
         config_in_archive(io.BytesIO(b"PK\x03\x04 and no more"))
     assert not is_archive(io.BytesIO(b"mode: EVAL_ONLY"))
+
+
+def test_an_archive_with_too_many_files_is_refused_before_any_is_written(target):
+    entries = [("saved_model.pb", b""), *((f"assets/{number}", b"") for number in range(archive.MAX_ENTRIES))]
+    with pytest.raises(ArtifactInvalid, match="at most 1000"):
+        unpack(zipped(entries), target)
+    assert not list(target.iterdir())
+
+
+def test_a_bomb_of_a_thousandfold_is_stopped_at_the_limit(target, monkeypatch):
+    # A smaller limit, since a gigabyte of zeros would take a test too long.
+    monkeypatch.setattr(archive, "MAX_UNPACKED_BYTES", 1 << 20)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("saved_model.pb", bytes(32 << 20))
+    assert len(buffer.getvalue()) < 1 << 16
+    with pytest.raises(ArtifactInvalid, match="more than 1048576 bytes"):
+        unpack(buffer.getvalue(), target)
+    assert sum(path.stat().st_size for path in target.rglob("*")) <= 1 << 20

@@ -1,6 +1,7 @@
 """The service over real HTTP, with a task management of its own that keeps what it gets."""
 
 import gzip
+import re
 import subprocess
 import sys
 
@@ -328,7 +329,8 @@ def test_a_build_that_takes_too_much_memory_fails_alone(serve, task_management, 
     with serve(create_service(settings)) as url:
         response = send(request_of(model=large_model), url)
         assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR, response
-        assert "memory" in response.error_info.error_message or "MiB" in response.error_info.error_message
+        # It raised in Python, or TensorFlow ended the process.
+        assert re.search("ran out of memory|may hold 800 MiB", response.error_info.error_message)
         after = send(request_of(), url)
         assert after.WhichOneof("result") == "task_group", after
 

@@ -356,6 +356,13 @@ def test_readiness_is_about_database_blobs_and_engine(run_server):
     assert running.api.http.get(f"{running.api.url}/ready").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/%00", "/api/v1/tasks/a%00b/1", "/api/v1/tasks?population=%00"])
+def test_a_nul_in_path_or_query_is_a_typed_400_whatever_the_database(api, path):
+    response = api.http.get(api.url + path)
+    assert response.status_code == 400
+    assert response.json()["code"] == "malformed_request"
+
+
 def test_a_long_header_passes(api):
     headers = {"odp-authentication-key": "x" * 20_000}
     assert api.check_in("nobody", headers=headers).status_code == 200

@@ -113,13 +113,22 @@ def _outcome(job: BuildJob) -> BuildOutcome:
                 op_table=job.op_table,
             )
         return BuildOutcome(report, group=group)
-    except FedComputeError as error:
-        return BuildOutcome(report, error=error_info(error))
-    except MemoryError:
-        return BuildOutcome(report, error=error_info(BuildFailed(Reason.BUILD_FAILED, "the build ran out of memory")))
     except Exception as error:
+        if _is_out_of_memory(error):
+            error = BuildFailed(Reason.BUILD_FAILED, "the build ran out of memory")
+        if isinstance(error, FedComputeError):
+            return BuildOutcome(report, error=error_info(error))
         logger.exception("A build failed in a way that no rule foresees.")
         return BuildOutcome(report, error=error_info(BuildFailed(Reason.BUILD_FAILED, f"{type(error).__name__}")))
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    # Whichever step met the end of memory gave it a name of its own.
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def error_info(error: FedComputeError) -> task_builder_pb2.ErrorInfo:

@@ -15,7 +15,9 @@ async def query_examples(
     late, answers something else or has too few records.
     """
     try:
-        output = await asyncio.wait_for(asyncio.to_thread(worker.on_training_examples, request), timeout)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
+        async with asyncio.timeout(timeout):
+            output = await asyncio.to_thread(worker.on_training_examples, request)
     except TimeoutError:
         raise DeviceRunFailed(Reason.EXAMPLES_FAILED, f"the worker gave no examples within {timeout} s") from None
     except Exception as error:  # a developer's code may raise anything; it costs this run only

@@ -62,10 +62,8 @@ class EncryptionKeys:
 
     async def _fetch(self) -> None:
         try:
-            response = await asyncio.wait_for(
-                self._transport.request("GET", self._url, what="key fetch", limit=KEY_LIST_BYTES_LIMIT),
-                self._fetch_timeout,
-            )
+            async with asyncio.timeout(self._fetch_timeout):
+                response = await self._transport.request("GET", self._url, what="key fetch", limit=KEY_LIST_BYTES_LIMIT)
             if not response.ok:
                 raise DeviceRunFailed(Reason.NO_ENCRYPTION_KEY, f"the key service answers {response.status}")
             keys = parse_public_keys(response.body)

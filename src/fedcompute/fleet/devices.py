@@ -82,11 +82,17 @@ async def _run_device(
         chance=chance,
     )
     await asyncio.sleep(chance.uniform(0, settings.pause_maximum))
-    while True:
+    # A cancellation that something below has swallowed still counts: nobody will repeat it.
+    while not _is_cancelled():
         outcome = await device.run_once()
         observer.ended(number, outcome)
         observer.state(number, "waiting")
         await asyncio.sleep(_pause(settings, outcome, chance))
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _pause(settings: FleetSettings, outcome: RunOutcome, chance: random.Random) -> float:

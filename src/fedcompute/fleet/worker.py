@@ -6,6 +6,7 @@ The first line of standard input holds the settings; the process leaves when sta
 import asyncio
 import json
 import logging
+import os
 import sys
 import threading
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from fedcompute.device.runtime import RunOutcome
 from fedcompute.fleet.devices import Observer, run_devices
 from fedcompute.fleet.settings import FleetSettings
+
+# Devices in the middle of a run have so long to come to an end.
+_END_SECONDS = 15.0
 
 
 def main() -> None:
@@ -40,7 +44,10 @@ async def _run_until_released(settings: FleetSettings, numbers: range) -> None:
         # Devices run for ever: an end is an error, and raising it here makes the exit status say so.
         devices.result()
     devices.cancel()
-    await asyncio.gather(devices, return_exceptions=True)
+    _, unfinished = await asyncio.wait({devices}, timeout=_END_SECONDS)
+    if unfinished:
+        # The parent may be gone, and then nobody else ends this process.
+        os._exit(1)
 
 
 def _report_state(device: int, state: str) -> None:

@@ -12,13 +12,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedcompute.errors import FedComputeError, OperationFailed, Reason
+from fedcompute.errors import FedComputeError, OperationFailed, Reason, RequestRejected
 from fedcompute.server.api.messages import error_response
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
 # Without authentication a session's id is its only secret.
 _SESSION = re.compile(r"\b([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+_NUL = RequestRejected(Reason.MALFORMED_REQUEST, "the path or the query holds a NUL", remedy="leave it out")
 _STOPPING = OperationFailed(Reason.SERVER_STOPPING, "the server stops before the request was through")
 
 
@@ -48,7 +49,11 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_and_note)
+            if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                # No name of ours has one, and PostgreSQL takes none in a question.
+                await error_response(_NUL)(scope, receive, send_and_note)
+            else:
+                await self._app(scope, receive, send_and_note)
         except ClientDisconnect:
             status = status or 499
         except asyncio.CancelledError:

@@ -40,7 +40,8 @@ async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     while True:
         start = time.monotonic()
         try:
-            chunk = await asyncio.wait_for(anext(pieces), PATIENCE_S + total / SLOWEST_BYTES_S - waited)
+            async with asyncio.timeout(PATIENCE_S + total / SLOWEST_BYTES_S - waited):
+                chunk = await anext(pieces)
         except StopAsyncIteration:
             return
         except TimeoutError:

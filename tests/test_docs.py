@@ -1,0 +1,64 @@
+"""The commands of the documentation, run as printed: `<!-- file: NAME -->`, `<!-- run -->` stand before their blocks.
+
+Ports and the directory /srv are replaced, so that a test needs neither free ports of its own choice nor rights.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BLOCK = re.compile(r"<!-- (?P<kind>run|file: (?P<name>[\w.]+)) -->\n```\w*\n(?P<text>.*?)\n```", re.DOTALL)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """`shell(command)` runs a command line; one that ends in `&` goes on until the end of the test."""
+    running = []
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "PATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}}
+
+    def run(command):
+        if command.endswith("&"):
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {command[:-1]}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **options
+            )
+            running.append(process)
+            assert process.stdout.readline(), f"{command} says nothing"
+        else:
+            done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120, **options)
+            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+    yield run
+    for process in reversed(running):
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("page", ["task-builder.md"])
+def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
+    replaced = {"8080": str(free_port()), "5000": str(free_port()), "/srv": str(tmp_path / "srv")}
+    (tmp_path / "srv").mkdir()
+    blocks = list(BLOCK.finditer((DOCS / page).read_text()))
+    assert blocks
+    for block in blocks:
+        text = block["text"]
+        for word, value in replaced.items():
+            text = text.replace(word, value)
+        if block["name"]:
+            (tmp_path / block["name"]).write_text(text)
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
+            if line.startswith("$ "):
+                shell(line[2:].strip())
