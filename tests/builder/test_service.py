@@ -359,3 +359,13 @@ def test_the_service_process_never_loads_tensorflow():
         "assert not {'tensorflow', 'keras', 'dp_accounting'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_request_chooses_when_gradients_are_lowered(builder, request_of, cnn_model):
+    lowered = send(request_of(model=cnn_model), builder)
+    assert int(lowered.task_group.training_task.min_client_version) > 0
+    refused = send(request_of(Flags(lower_ops="never"), model=cnn_model), builder)
+    assert "Please contact Google to register these ops: {'Conv2DBackpropFilter'" in refused.error_info.error_message
+    unknown = send(request_of(Flags(lower_ops="perhaps"), model=cnn_model), builder)
+    assert unknown.error_info.error_type == ErrorType.INVALID_REQUEST
+    assert "one of auto, always, never" in unknown.error_info.error_message

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 
 from fedcompute.device.runtime import Device, RunOutcome
 from fedcompute.fleet.devices import Observer, run_devices
@@ -11,14 +12,12 @@ def test_a_device_ends_even_if_its_run_swallowed_the_cancellation(monkeypatch):
 
     async def swallow(self):
         running.set()
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(30)
-        except asyncio.CancelledError:
-            pass
         return RunOutcome(success=False, phase="check_in", retry_window=0.01)
 
     async def cancel_once():
-        settings = FleetSettings("http://localhost:1", "p", devices=2, processes=1, pause_maximum=0)
+        settings = FleetSettings("http://localhost:1", "p", devices=2, processes=1, pause_minimum=0, pause_maximum=0)
         observer = Observer(lambda *_: None, lambda *_: None)
         fleet = asyncio.create_task(run_devices(settings, range(2), observer))
         await running.wait()

@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from fedcompute.builder.artifacts import BuiltGroup
+from fedcompute.builder.lower_ops import read_lower_ops
 from fedcompute.builder.model_sources import model_directory
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
 from fedcompute.protos import task_builder_pb2
@@ -111,6 +112,7 @@ def _outcome(job: BuildJob) -> BuildOutcome:
                 report=report,
                 default_population=job.default_population,
                 op_table=job.op_table,
+                lower_ops=read_lower_ops(request.flags.lower_ops),
             )
         return BuildOutcome(report, group=group)
     except Exception as error:

@@ -42,6 +42,13 @@ def _define(values: flags.FlagValues) -> None:
         ("skip_dp_aggregator", "Build without clipping and noise."),
     ):
         flags.DEFINE_boolean(name, False, text, flag_values=values)
+    flags.DEFINE_enum(
+        "lower_ops",
+        "auto",
+        ["auto", "always", "never"],
+        "When to lower gradients to operations that phones have; auto: if the check would fail otherwise.",
+        flag_values=values,
+    )
 
 
 def _build(values: flags.FlagValues) -> int:
@@ -63,6 +70,7 @@ def _build(values: flags.FlagValues) -> int:
         skip_flex_ops_check=values["skip_flex_ops_check"].value,
         skip_dp_check=values["skip_dp_check"].value,
         skip_dp_aggregator=values["skip_dp_aggregator"].value,
+        lower_ops="" if values["lower_ops"].value == "auto" else values["lower_ops"].value,
     )
     request = build_request(saved_model, loaded.config, experiment)
     server = values["task_builder_server"].value

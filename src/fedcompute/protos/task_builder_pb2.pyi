@@ -203,14 +203,16 @@ class TaskConfig(_message.Message):
     def __init__(self, mode: _Optional[_Union[TaskMode.Enum, str]] = ..., population_name: _Optional[str] = ..., label_name: _Optional[str] = ..., policies: _Optional[_Union[Policies, _Mapping]] = ..., federated_learning: _Optional[_Union[FederatedLearning, _Mapping]] = ..., differential_privacy: _Optional[_Union[DifferentialPrivacy, _Mapping]] = ..., use_daf: bool = ...) -> None: ...
 
 class ExperimentFlags(_message.Message):
-    __slots__ = ("skip_flex_ops_check", "skip_dp_check", "skip_dp_aggregator")
+    __slots__ = ("skip_flex_ops_check", "skip_dp_check", "skip_dp_aggregator", "lower_ops")
     SKIP_FLEX_OPS_CHECK_FIELD_NUMBER: _ClassVar[int]
     SKIP_DP_CHECK_FIELD_NUMBER: _ClassVar[int]
     SKIP_DP_AGGREGATOR_FIELD_NUMBER: _ClassVar[int]
+    LOWER_OPS_FIELD_NUMBER: _ClassVar[int]
     skip_flex_ops_check: bool
     skip_dp_check: bool
     skip_dp_aggregator: bool
-    def __init__(self, skip_flex_ops_check: bool = ..., skip_dp_check: bool = ..., skip_dp_aggregator: bool = ...) -> None: ...
+    lower_ops: str
+    def __init__(self, skip_flex_ops_check: bool = ..., skip_dp_check: bool = ..., skip_dp_aggregator: bool = ..., lower_ops: _Optional[str] = ...) -> None: ...
 
 class BuildTaskRequest(_message.Message):
     __slots__ = ("saved_model", "task_config", "flags")
