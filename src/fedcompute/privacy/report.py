@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fedcompute.privacy.accounting import gaussian_epsilon, poisson_epsilon, tree_epsilon
 from fedcompute.privacy.ledger import Event, GaussianEvent, TreeEvent, composed_noise_multiplier
 
+# Below so many devices the noise of a small epsilon drowns any model.
+_FEW = 1000
+
 Releases = Sequence[Sequence[Event]]
 
 
@@ -92,16 +95,20 @@ def privacy_sentences(report: PrivacyReport) -> list[str]:
             f"Epsilon: {report.epsilon:.2f} at delta {report.delta:g}, for a device that took part once in each of "
             f"{report.trees} noise trees; one that took part more often is protected less.",
         ]
-    return [
+    sentences = [
         noise,
         f"Honest epsilon: {report.epsilon:.2f} at delta {report.delta:g}, for a device that took part in "
         f"{report.participations} rounds, whoever decided when (no amplification by sampling).",
         f"If every round were a random sample of {report.population} devices it would be "
         f"{report.sampled_epsilon:.2f}; devices that come when they like are no such sample.",
-        f"With {report.population} devices noise strong enough for a small epsilon would drown the model: the same "
-        "noise over 2,000 reports a round protects as much per round and disturbs the mean "
-        f"{2000 / max(1, report.report_goal):.0f} times less, so real fleets choose far larger multipliers.",
     ]
+    if report.population <= _FEW:
+        sentences.append(
+            f"With {report.population} devices noise strong enough for a small epsilon would drown the model: the same "
+            "noise over 2,000 reports a round protects as much per round and disturbs the mean "
+            f"{2000 / max(1, report.report_goal):.0f} times less, so real fleets choose far larger multipliers."
+        )
+    return sentences
 
 
 def _trees(releases: Releases) -> tuple[int, ...]:
