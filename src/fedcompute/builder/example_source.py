@@ -111,7 +111,9 @@ def batched_examples(
 ) -> tf.data.Dataset:
     """Batches of at most `batch_size` parsed examples, `max_batches` of them (-1: all)."""
     examples = external_examples(token, selector).batch(batch_size, drop_remainder=False)
-    return examples.map(lambda serialized: parse_batch(serialized, layout)).take(max_batches)
+    # Autograph would leave files of rewritten code behind if this process is killed.
+    parse = tf.autograph.experimental.do_not_convert(lambda serialized: parse_batch(serialized, layout))
+    return examples.map(parse).take(max_batches)
 
 
 def _register_op() -> None:

@@ -32,7 +32,7 @@ class _Module(tf.Module):  # type: ignore[misc]  # TensorFlow has no type stubs
         self.loss_type_spec = _stored(traced.loss_type)
         self.serialized_input_spec = _stored(signature.type_of((model.x_spec, model.y_spec)))
 
-    @tf.function(input_signature=[])  # type: ignore[untyped-decorator]
+    @tf.function(input_signature=[], autograph=False)  # type: ignore[untyped-decorator]
     def __call__(self) -> Any:
         return tuple(tuple(variable.read_value() for variable in group) for group in self._weights)
 
@@ -44,7 +44,10 @@ def save_functional_model(functional_model: FunctionalModel, path: str | Path) -
     """
     _check_eager()
     module = _Module(functional_model)
-    tf.saved_model.save(module, str(path), signatures=module.predict_on_batch_inference)
+    # Autograph would leave a file of rewritten code behind if this process is killed.
+    tf.autograph.experimental.do_not_convert(tf.saved_model.save)(
+        module, str(path), signatures=module.predict_on_batch_inference
+    )
 
 
 def load_functional_model(path: str | Path) -> FunctionalModel:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
@@ -20,6 +21,8 @@ from typing import Any, Protocol
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 
 _LOG = logging.getLogger(__name__)
+# How long idle workers have to leave by themselves.
+_LEAVE_SECONDS = 1.0
 # A job that kills its process this often is given up.
 _LIVES = 3
 
@@ -82,7 +85,10 @@ class ProcessExecutor:
         if pool is not None:
             processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            # An idle worker ends by itself at once, and cleans up behind itself; only a running job is cut off.
+            deadline = time.monotonic() + _LEAVE_SECONDS
             for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
                 process.terminate()
             for process in processes:
                 process.join(5)
