@@ -166,6 +166,17 @@ def sgd_step(state, weights, gradients, rate):
     return state, [w - rate * g for w, g in zip(weights, gradients, strict=True)]
 
 
+def steepness(server, gradient):
+    """How much the first step of the server's optimizer magnifies a rounding error of its gradient.
+
+    Adam's is rate * g / (|g| + c): steep where the noise of a tree happens to leave almost no gradient.
+    """
+    if server == "SGD":
+        return SERVER_RATE
+    c = ADAM[2] / math.sqrt(1 - ADAM[1])
+    return SERVER_RATE * c / (np.abs(gradient) + c) ** 2
+
+
 STEPS = {"SGD": sgd_step, "ADAM": adam_step}
 
 
@@ -287,12 +298,12 @@ def test_a_round_of_every_combination_follows_the_formulas(
 
     checkpoint = read_checkpoint(api.checkpoint(population, training)[0])
     released = list(subtree(checkpoint, WEIGHTS).values())
-    difference = max(
-        float((np.abs(one - other) / np.maximum(1.0, np.abs(other))).max())
-        for one, other in zip(released, moved, strict=True)
-    )
-    table.append((algorithm, client, server, dp, difference))
-    assert difference < 2e-6
+    differences = [
+        np.abs(one - other) / np.maximum(1.0, np.abs(other)) for one, other in zip(released, moved, strict=True)
+    ]
+    table.append((algorithm, client, server, dp, max(float(leaf.max()) for leaf in differences)))
+    for difference, gradient in zip(differences, mean, strict=True):
+        assert (difference < 2e-6 + steepness(server, gradient) * 1e-7).all()
     # The noise of a tree stays on the server.
     assert not any(name.startswith("server/fedcompute") for name in checkpoint)
     assert not any(leaf.any() for name, leaf in checkpoint.items() if "previous_tree_noise" in name)
