@@ -17,7 +17,8 @@ from fedcompute.device.http import Transport
 from fedcompute.device.plan_runner import PlanRunner
 from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
-from fedcompute.device.worker import IsolatedWorker, TrainingExampleOutput, TrainingExampleRecord, training_example
+from fedcompute.device.worker import training_example
+from fedcompute.fleet.devices import ShardWorker
 from fedcompute.learning.process import read_state
 from fedcompute.models.functional_model import functional_model_from_keras
 from fedcompute.models.saved_model import save_functional_model
@@ -54,15 +55,10 @@ def config(population, rounds=1, dp="", evaluation=False):
     """
 
 
-class Worker(IsolatedWorker):
-    def __init__(self, x, y):
-        self.records = [
-            TrainingExampleRecord(training_example({"x": image, "y": int(label)}))
-            for image, label in zip(x, y, strict=True)
-        ]
-
-    def on_training_example(self, request):
-        return TrainingExampleOutput(self.records)
+def worker(population, x, y):
+    """A device's worker that holds these examples."""
+    pairs = zip(x, y, strict=True)
+    return ShardWorker(population, [training_example({"x": row, "y": int(label)}) for row, label in pairs])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +123,7 @@ def run_devices(settings, population, shards, done):
         async def live(index, x, y):
             device = Device(
                 DeviceSettings(settings.base_url, population, Owner("org.example", f"org.example.Device{index}")),
-                Worker(x, y),
+                worker(population, x, y),
                 transport=transport,
                 train=runner.train,
             )

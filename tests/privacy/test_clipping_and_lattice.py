@@ -40,6 +40,14 @@ def test_the_lattice_point_of_a_clipped_update_stays_within_the_bound(update, cl
         assert np.abs(value * lattice.step - clipped[name]).max() < lattice.step
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-4, 123.456])
+@pytest.mark.parametrize("count", [1 << 12, (1 << 20) + 1, 3_000_001])
+def test_the_bound_holds_exactly_for_as_many_elements_as_models_have(value, count):
+    clipped = clip_by_global_norm({"a": np.full(count, value, np.float32)}, 0.1)["a"]
+    assert (clipped == clipped[0]).all()
+    assert count * Fraction(float(clipped[0])) ** 2 <= Fraction(0.1) ** 2
+
+
 def test_an_update_within_the_bound_is_not_changed_and_zero_stays_zero():
     update = {"a": np.array([0.3, -0.4], np.float32)}
     np.testing.assert_array_equal(clip_by_global_norm(update, 1.0)["a"], update["a"].astype(np.float64))
