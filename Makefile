@@ -35,7 +35,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "Installing into $(VENV) (about 700 MB, TensorFlow most of it) ..."
+	@echo "Installing into $(VENV) (up to 2.6 GB on disk, half of it TensorFlow) ..."
 	$(INSTALL) --editable '.[all]'
 	@touch $@
 
