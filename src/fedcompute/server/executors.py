@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -65,11 +65,13 @@ class ProcessExecutor:
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
         self._closed = False
+        # Signals interrupt the main thread only: a worker that starts elsewhere always gets all of its start.
+        self._starter = ThreadPoolExecutor(1)
 
     def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
         """Queues `job(argument)`; see `Executor.submit`."""
         outcome: Future[Any] = Future()
-        self._start(outcome, job, argument, _LIVES)
+        self._queue(outcome, job, argument, _LIVES)
         return outcome
 
     def warm_up(self) -> None:
@@ -82,6 +84,7 @@ class ProcessExecutor:
         with self._lock:
             self._closed = True
             pool, self._pool = self._pool, None
+        self._starter.shutdown(wait=False)
         if pool is not None:
             processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
@@ -92,6 +95,12 @@ class ProcessExecutor:
                 process.terminate()
             for process in processes:
                 process.join(5)
+
+    def _queue(self, outcome: Future[Any], job: Callable[[Any], Any], argument: Any, lives: int) -> None:
+        try:
+            self._starter.submit(self._start, outcome, job, argument, lives)
+        except RuntimeError:  # closed
+            outcome.cancel()
 
     def _start(self, outcome: Future[Any], job: Callable[[Any], Any], argument: Any, lives: int) -> None:
         with self._lock:
@@ -107,7 +116,7 @@ class ProcessExecutor:
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 inner = pool.submit(_guarded, job, argument)
-            except (BrokenProcessPool, RuntimeError) as error:
+            except (BrokenProcessPool, RuntimeError, OSError) as error:
                 inner = Future()
                 inner.set_exception(BrokenProcessPool(str(error)))
             finally:
@@ -133,7 +142,7 @@ class ProcessExecutor:
                     self._pool = None
                     _LOG.warning("a worker process died; its jobs run again")
             # Not in this callback's thread: it belongs to the broken pool, which waits for it.
-            threading.Thread(target=self._start, args=(outcome, job, argument, lives - 1), daemon=True).start()
+            self._queue(outcome, job, argument, lives - 1)
             return
         # A cancelled outcome takes no result; nobody waits for it.
         with contextlib.suppress(InvalidStateError):
