@@ -22,6 +22,7 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/audit.py
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_protos.py

@@ -1,4 +1,240 @@
+"""What several rooms' tests share: a cache of their own, and a private PostgreSQL."""
+
+import contextlib
+import itertools
 import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
 
 # Tests leave the user's own cache alone and never profit from it; programs that they start inherit this.
 os.environ["FEDCOMPUTE_CACHE_DIR"] = ""
+
+_START_SECONDS = 60
+# Nothing of it is worth a write to the disk; other tests want the memory.
+_FRUGAL = {
+    "listen_addresses": "",
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "autovacuum": "off",
+    "jit": "off",
+    "shared_buffers": "32MB",
+    "max_wal_size": "64MB",
+    "max_worker_processes": "0",
+    "max_connections": "100",
+}
+
+
+class PostgreSQL:
+    """One private server, reached through a socket in its own directory, and the databases made in it."""
+
+    owner = "fedcompute"
+
+    def __init__(self, directory: Path, programs: Path) -> None:
+        self._directory = directory
+        self._programs = programs
+        self._process: subprocess.Popen[bytes] | None = None
+        self._numbers = itertools.count(1)
+        self._clean: list[str] = []
+
+    def start(self) -> None:
+        """Makes the cluster and waits until it answers; raises RuntimeError with its log if it does not."""
+        # PostgreSQL refuses to run as root.
+        identity = {}
+        if os.geteuid() == 0:
+            user = _unprivileged()
+            identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            os.chown(self._directory, user.pw_uid, user.pw_gid)
+        surroundings = {"cwd": self._directory, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **identity}
+        data = self._directory / "data"
+        command = [self._programs / "initdb", "--pgdata", data, "--username", self.owner, "--auth", "trust"]
+        command += ["--encoding", "UTF8", "--no-sync", "--no-instructions", *_foreign_order(self._programs)]
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **surroundings)
+        if made.returncode:
+            raise RuntimeError(f"initdb failed: {made.stdout.decode()}")
+        # Roles whose names begin so need their password.
+        (data / "pg_hba.conf").write_text('local all "guarded" scram-sha-256\nlocal all all trust\n')
+        log = self._directory / "log"
+        settings = {**_FRUGAL, "unix_socket_directories": str(self._directory)}
+        command = [self._programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())]
+        with log.open("wb") as output:
+            # In a session of its own: an interrupt from the keyboard is for the tests, which then stop it.
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **surroundings
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        status = data / "postmaster.pid"
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError):
+                if status.read_text().rstrip().endswith("ready"):
+                    return
+            time.sleep(0.01)
+        raise RuntimeError(f"PostgreSQL does not start: {log.read_text()}")
+
+    def stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGQUIT)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def url(self, name: str, user: str = owner) -> str:
+        return f"postgresql+psycopg://{user}@/{name}?host={self._directory}"
+
+    def create(self) -> str:
+        """Makes a database that nothing was ever made in; returns its name."""
+        name = f"test_{next(self._numbers)}"
+        self.run(f"CREATE DATABASE {name} TEMPLATE template0")
+        return name
+
+    def drop(self, name: str) -> None:
+        """Drops a database under whoever still uses it."""
+        self.run(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def take(self) -> str:
+        """A database with the present schema and no rows; `give_back` it for the next one who asks."""
+        if not self._clean:
+            from fedcompute.storage.database import Database
+
+            self._clean.append(self.create())
+            Database.open(self.url(self._clean[-1])).close()
+        return self._clean.pop()
+
+    def give_back(self, name: str) -> None:
+        """Empties every table under whoever still uses the database: that costs a tenth of making a new one."""
+        from fedcompute.storage.migrations import HEAD
+        from fedcompute.storage.schema import metadata
+
+        self.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        if self.run("SELECT version_num FROM alembic_version", name) != [(HEAD,)]:
+            self.drop(name)
+            return
+        self.run(";".join(f"DELETE FROM {table}" for table in metadata.tables), name)
+        self._clean.append(name)
+
+    def run(self, statement: str, database: str = "postgres") -> list[tuple]:
+        """Runs one statement as the server's owner; returns its rows, if it has any."""
+        import psycopg
+
+        with psycopg.connect(
+            host=str(self._directory), dbname=database, user=self.owner, autocommit=True
+        ) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+
+def _unprivileged() -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        return pwd.getpwnam("nobody")
+
+
+def _programs() -> Path | None:
+    """The folder of the newest installed PostgreSQL's own programs; Debian keeps them out of PATH."""
+    found = shutil.which("postgres")
+    folders = [Path(found).resolve().parent] if found else []
+    installed = Path("/usr/lib/postgresql").glob("*/bin")
+    folders += sorted(installed, key=lambda path: int(re.sub(r"\D", "", path.parent.name) or 0), reverse=True)
+    usable = (one for one in folders if (one / "postgres").is_file() and (one / "initdb").is_file())
+    return next(usable, None)
+
+
+def _foreign_order(programs: Path) -> list[str]:
+    """Options for an order of text that is not the order of its bytes, as operators' databases have."""
+    told = subprocess.run([programs / "initdb", "--version"], capture_output=True, text=True, check=True).stdout
+    version = int(re.search(r"(\d+)", told.partition(")")[2]).group(1))
+    return ["--locale-provider=icu", "--icu-locale=en"] if version >= 15 else []
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A private PostgreSQL server of this test process, started for the first test that asks and gone with the last."""
+    programs = _programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg", reason="psycopg, the driver of PostgreSQL, is not installed")
+    # Not below pytest's own directory, which only root may enter when the tests run as root.
+    directory = Path(tempfile.mkdtemp(prefix="fedcompute-pg-"))
+    server = PostgreSQL(directory, programs)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def postgresql_url(postgresql):
+    """A PostgreSQL database with the present schema and no rows."""
+    name = postgresql.take()
+    yield postgresql.url(name)
+    postgresql.give_back(name)
+
+
+@pytest.fixture
+def write_ledger():
+    """Returns write(*tasks, budget=None, population="digits") -> Ledger, as a server would keep it.
+
+    A task is a dict: task_id, rounds (one list of events per round), and optionally mechanism, participation,
+    devices, separation, goal, contributions, clip_norm (a number, or one per round), metric_clip_norm, kind.
+    """
+    from fedcompute.privacy.budget import cumulative_epsilon
+    from fedcompute.privacy.chain import Release, chained
+    from fedcompute.privacy.charges import assumption_of, charged, claim_document, releases
+    from fedcompute.privacy.ledger import events_document
+    from fedcompute.privacy.ledger_document import Ledger
+    from fedcompute.privacy.participation import Participation
+
+    def release(population, task, number, released, mechanism, events, claim, clip_norm, epsilon):
+        return Release(
+            population=population, task_id=task["task_id"], iteration_id=number, released=released,
+            mechanism=mechanism, event=events_document(events) if events else None, claim=claim if events else None,
+            clip_norm=clip_norm, report_goal=task["goal"], contributions=task["contributions"],
+            cumulative_epsilon=epsilon if epsilon < float("inf") else None, delta=task["delta"],
+        )  # fmt: skip
+
+    def write(*tasks, budget=None, population="digits"):
+        entries, spent, described = [], {}, {}
+        for given in tasks:
+            task = {
+                "mechanism": "FIXED_GAUSSIAN", "participation": Participation.NO_AMPLIFICATION, "devices": 1000,
+                "separation": 0, "goal": 10, "contributions": 10, "clip_norm": 0.5, "delta": 1e-5, "kind": "TRAINING",
+                "metric_clip_norm": None, **given,
+            }  # fmt: skip
+            described[str(task["task_id"])] = {"kind": task["kind"], "status": "COMPLETED", "reason": None}
+            claim = claim_document(
+                task["participation"], task["devices"], task["separation"], task["goal"], task["delta"]
+            )
+            for number, events in enumerate(task["rounds"], 1):
+                noised = task["metric_clip_norm"] is not None
+                model, metrics = (events[:-1], events[-1:]) if noised else (events, [])
+                if task["kind"] == "EVALUATION":
+                    model = []
+                if events:
+                    assumption = assumption_of(claim, task["goal"], task["contributions"])
+                    spent = charged(spent, task["task_id"], number, events, assumption)
+                epsilon = cumulative_epsilon(releases(spent), task["delta"]) if 0 < task["delta"] < 1 else 0.0
+                clip = task["clip_norm"][number - 1] if isinstance(task["clip_norm"], list) else task["clip_norm"]
+                found = [("metrics", "METRIC_GAUSSIAN" if noised else "NONE", metrics, task["metric_clip_norm"])]
+                if task["kind"] == "TRAINING":
+                    found.insert(0, ("model", task["mechanism"], model, clip if task["mechanism"] != "NONE" else None))
+                for released, mechanism, charges, bound in found:
+                    one = release(population, task, number, released, mechanism, charges, claim, bound, epsilon)
+                    created = f"2026-01-02T03:{number // 60 % 60:02}:{number % 60:02}.000000+00:00"
+                    entries.append(chained(entries[-1] if entries else None, one, created))
+        return Ledger(population, tuple(entries), budget, described)
+
+    return write

@@ -13,8 +13,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
-from fedcompute.server.api import assignments, blobs, health, keys, operator, reports, tasks
+from fedcompute.server.api import assignments, blobs, health, keys, operator, privacy, reports, tasks
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
@@ -77,6 +78,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
             *keys.routes,
             *tasks.routes,
             *operator.routes,
+            *privacy.routes,
             *health.routes,
         ],
         middleware=[Middleware(RequestLog)],
@@ -145,6 +147,7 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
     store = open_blob_store(settings.blobs)
     with database.write() as tx:
         url_key = ensure_secret(tx, "url_signing", secrets.token_bytes(32), now())
+        noise_key = ensure_secret(tx, "noise_state", secrets.token_bytes(KEY_BYTES), now())
     current_keys(database, settings, now())
     return Context(
         settings=settings,
@@ -153,6 +156,7 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         jobs=Jobs(executor, settings.job_attempts, engine.wake),
         plans=Plans(store, settings.max_checkpoint_bytes),
         url_key=url_key,
+        noise_key=noise_key,
         wake=engine.wake,
         is_alive=lambda: engine.alive,
         warm_up=executor.warm_up,

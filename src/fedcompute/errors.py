@@ -47,8 +47,11 @@ class Reason(StrEnum):
     SAVED_MODEL_INVALID = "saved_model_invalid"
     MODEL_UNSUPPORTED = "model_unsupported"
     KEY_MALFORMED = "key_malformed"
+    SECRET_UNREADABLE = "secret_unreadable"
     DATASET_MALFORMED = "dataset_malformed"
     METRICS_MALFORMED = "metrics_malformed"
+    LEDGER_MALFORMED = "ledger_malformed"
+    LEDGER_TAMPERED = "ledger_tampered"
     # Building
     CONFIG_UNREADABLE = "config_unreadable"
     CONFIG_INVALID = "config_invalid"
@@ -71,6 +74,7 @@ class Reason(StrEnum):
     BLOB_TOO_LARGE = "blob_too_large"
     SETTINGS_INVALID = "settings_invalid"
     BUDGET_SPENT = "budget_spent"
+    BUDGET_INVALID = "budget_invalid"
     INTERNAL = "internal"
 
 
@@ -120,8 +124,13 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.SAVED_MODEL_INVALID: Entry(400, "save the model with save_functional_model"),
     Reason.MODEL_UNSUPPORTED: Entry(400, "change the model as the message says"),
     Reason.KEY_MALFORMED: Entry(400, "publish 32-byte X25519 keys in standard base64"),
+    Reason.SECRET_UNREADABLE: Entry(500, "restore the database and the blobs of one server together"),
     Reason.DATASET_MALFORMED: Entry(400, "check the path, and that the file is of the stated format"),
     Reason.METRICS_MALFORMED: Entry(400, "leave the round out, or restore its metrics file"),
+    Reason.LEDGER_MALFORMED: Entry(400, "download the ledger again with `fedcompute privacy ledger`"),
+    Reason.LEDGER_TAMPERED: Entry(
+        400, "trust no epsilon of this population; restore the ledger from a copy that verifies"
+    ),
     Reason.CONFIG_UNREADABLE: Entry(400, "correct the line that the message names"),
     Reason.CONFIG_INVALID: Entry(400, "correct the fields that the message names"),
     Reason.OPS_NOT_SUPPORTED: Entry(400, "change the model, or build with --skip_flex_ops_check"),
@@ -140,6 +149,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.SERVER_STOPPING: Entry(503, "send again when the server is back"),
     Reason.BLOB_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
     Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
+    Reason.BUDGET_INVALID: Entry(400, "send epsilon > 0, delta between 0 and 1, and CLAIMED or NO_AMPLIFICATION"),
     Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),
     Reason.INTERNAL: _DEFAULT,
 }

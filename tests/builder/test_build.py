@@ -7,7 +7,9 @@ from fedcompute.builder.config import read_config
 from fedcompute.builder.op_check import flex_ops, supported_ops
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, Reason
 from fedcompute.learning.plans import read_plan
-from fedcompute.protos import plan_pb2, task_builder_pb2
+from fedcompute.privacy.accounting import poisson_epsilon
+from fedcompute.privacy.banded import optimal_coefficients
+from fedcompute.protos import learning_pb2, plan_pb2, task_builder_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 
 Flags = task_builder_pb2.ExperimentFlags
@@ -169,6 +171,68 @@ def test_without_an_aggregator_the_report_names_none_and_says_so(config, dense_m
     report = build_task_group(dense_model, config, Flags(skip_dp_aggregator=True)).report
     assert report.applied_algorithms.dp_aggregator == task_builder_pb2.DpAggregator.UNKNOWN
     assert any("adds no noise" in warning for warning in report.warnings)
+
+
+def test_a_type_of_aggregation_that_is_not_offered_is_refused_by_name(config, dense_model):
+    config.differential_privacy.type = 9
+    with pytest.raises(ConfigInvalid, match=r"`type` has a bad value: `9` in `differential_privacy`.*or BANDED_MF"):
+        build_task_group(dense_model, config)
+
+
+def processes(group):
+    return [read_plan(built.plan).learning_process for built in (group.training, group.evaluation)]
+
+
+@pytest.mark.parametrize(
+    "name", ["FIXED_GAUSSIAN", "ADAPTIVE_GAUSSIAN", "TREE_AGGREGATION", "ADAPTIVE_TREE", "BANDED_MF"]
+)
+def test_plans_carry_the_promise_and_its_epsilon_is_that_of_the_report(config, dense_model, name):
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.Enum.Value(name)
+    group = build_task_group(dense_model, config, Flags(skip_dp_check=True))
+    training, evaluation = processes(group)
+    claim = training.privacy_claim
+    assert (claim.estimated_population, claim.minimum_separation, claim.delta, claim.rounds) == (10**6, 3, 1e-6, 20)
+    kind = learning_pb2.PrivacyClaim.Participation.Name(claim.participation)
+    assert kind == ("MIN_SEPARATION" if name == "BANDED_MF" else "POISSON")
+    assert np.float32(claim.epsilon) == np.float32(group.report.dp_hyperparameters.dp_epsilon)
+    assert not training.HasField("metric_noise")
+    # Nothing makes a device stay away from an evaluation, whose metrics are outside epsilon.
+    claim.minimum_separation, claim.epsilon = 0, 0
+    assert claim == evaluation.privacy_claim
+
+
+def test_a_build_without_an_aggregator_promises_nothing(config, dense_model):
+    config.differential_privacy.metrics_clip_norm = config.differential_privacy.metrics_noise_multiplier = 5
+    for process in processes(build_task_group(dense_model, config, Flags(skip_dp_aggregator=True))):
+        assert not process.HasField("privacy_claim")
+        assert not process.HasField("metric_noise")
+
+
+def test_noise_on_metrics_is_in_both_plans(config, dense_model):
+    config.differential_privacy.metrics_clip_norm = 20
+    config.differential_privacy.metrics_noise_multiplier = 5
+    group = build_task_group(dense_model, config)
+    for process in processes(group):
+        assert process.metric_noise == learning_pb2.MetricNoise(clip_norm=20, noise_multiplier=5)
+    _, evaluation = processes(group)
+    assert evaluation.privacy_claim.epsilon == pytest.approx(poisson_epsilon(5, 20, 4e-6, 1e-6), rel=1e-2)
+    assert any("20 rounds of evaluation release noised metrics: with the training" in w for w in group.report.warnings)
+
+
+def test_a_banded_plan_has_a_band_for_each_round_of_separation_and_the_report_says_so(config, dense_model):
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.BANDED_MF
+    group = build_task_group(dense_model, config, Flags(skip_dp_check=True))
+    training, _ = processes(group)
+    assert training.banded_mf.coefficients == list(optimal_coefficients(20, 3))
+    assert (training.banded_mf.clip_norm, training.banded_mf.noise_multiplier) == (0.25, 1)
+    assert training.banded_mf.report_goal == 50
+    assert any("correlated over 3 rounds" in warning for warning in group.report.warnings)
+
+
+def test_an_initial_checkpoint_holds_no_noise(config, dense_model):
+    config.differential_privacy.type = task_builder_pb2.DpAggregator.TREE_AGGREGATION
+    checkpoints = [build_task_group(dense_model, config, Flags(skip_dp_check=True)).training.checkpoint for _ in "ab"]
+    assert checkpoints[0] == checkpoints[1]
 
 
 @pytest.mark.parametrize(

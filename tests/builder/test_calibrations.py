@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from fedcompute.builder.calibrations import cache_directory, calibrated
+from fedcompute.builder import differential_privacy
+from fedcompute.builder.calibrations import calibrated
+from fedcompute.builder.differential_privacy import dp_parameters
+from fedcompute.builder.number_cache import cache_directory
+from fedcompute.builder.validation import validate
+from fedcompute.protos import task_builder_pb2
+
+Dp = task_builder_pb2.DpAggregator
 
 
 @pytest.fixture
@@ -68,13 +75,14 @@ def test_an_empty_setting_keeps_nothing(search, monkeypatch, directory):
     assert not (directory / "calibrations").exists()
 
 
-def test_a_real_calibration_is_found_again_without_a_search(directory, monkeypatch):
-    from fedcompute.builder.differential_privacy import DpParameters, _calibrate_poisson, _calibrate_tree
-    from fedcompute.privacy import accounting
-
-    dp = DpParameters(1, 1.0, 0.0, 1e-5, 8.0, 2, 10, 100)
-    for calibrate, name in ((_calibrate_poisson, "calibrate_noise"), (_calibrate_tree, "calibrate_tree_noise")):
-        first = calibrate(dp, 8.0)
-        # Replaced, so that a search would be seen.
-        monkeypatch.setattr(accounting, name, None)
-        assert calibrate(dp, 8.0) == first
+@pytest.mark.parametrize("kind", [Dp.FIXED_GAUSSIAN, Dp.TREE_AGGREGATION, Dp.BANDED_MF])
+def test_a_real_calibration_is_found_again_without_a_search(directory, monkeypatch, kind, config):
+    config.differential_privacy.type = kind
+    config.differential_privacy.noise_multiplier = 0
+    config.differential_privacy.estimated_population = 100
+    config.policies.model_release_policy.dp_delta = 0
+    settings = validate(config, task_builder_pb2.ExperimentFlags())
+    first = dp_parameters(settings)
+    # Replaced, so that a search would be seen.
+    monkeypatch.setattr(differential_privacy, "calibrated_noise", None)
+    assert dp_parameters(settings) == first

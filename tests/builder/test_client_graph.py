@@ -14,7 +14,6 @@ from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import evaluation_process, initial_state, training_process
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.models.saved_model import load_functional_model
-from fedcompute.privacy.noise import SilentNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.tensors.tree import LeafSpec
 
@@ -43,7 +42,7 @@ def settings(batch_size=3, max_batches=-1, label_name="", learning_rate=RATE):
 
 
 def received(process, model):
-    return client_checkpoint(process, initial_state(process, model.trainable, model.non_trainable, SilentNoise()))
+    return client_checkpoint(process, initial_state(process, model.trainable, model.non_trainable))
 
 
 @pytest.fixture

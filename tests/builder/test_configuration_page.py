@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from fedcompute.builder.config import FIELD_ALIASES, VALUE_ALIASES, read_config
-from fedcompute.builder.differential_privacy import check_dp, dp_parameters
+from fedcompute.builder.differential_privacy import account, check_dp
 from fedcompute.builder.validation import validate
 from fedcompute.protos import task_builder_pb2
 
@@ -19,7 +19,7 @@ def test_both_forms_of_the_smallest_configuration_are_valid_and_equal():
     assert first == second
     settings = validate(first, NO_FLAGS)
     assert settings.warnings == ()
-    check_dp(settings, dp_parameters(settings))
+    check_dp(account(settings))
 
 
 def test_every_accepted_misspelling_is_in_the_table():
@@ -37,3 +37,10 @@ def test_every_field_is_in_the_table():
 
     missing = {name for name in names(task_builder_pb2.TaskConfig.DESCRIPTOR) if name not in SECTION}
     assert missing == {"current_index"}
+
+
+def test_every_configuration_of_the_page_passes():
+    blocks = re.findall(r"^```textproto\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
+    for block in blocks:
+        check_dp(account(validate(read_config(block.encode()).config, NO_FLAGS)))

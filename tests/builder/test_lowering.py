@@ -22,7 +22,6 @@ from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import evaluation_process, initial_state, training_process
 from fedcompute.models.functional_model import FunctionalModel, functional_model_from_keras
 from fedcompute.models.saved_model import load_functional_model, save_functional_model
-from fedcompute.privacy.noise import SystemNoise
 from fedcompute.protos import learning_pb2, plan_pb2, task_builder_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 from fedcompute.tensors.tree import LeafSpec
@@ -236,7 +235,7 @@ def updates_of(runner, example):
 
     def run(model, *, process=None, examples=6):
         process = process or process_of(model)
-        state = initial_state(process_of(model), model.trainable, model.non_trainable, SystemNoise())
+        state = initial_state(process_of(model), model.trainable, model.non_trainable)
         received = write_checkpoint(client_checkpoint(process, state))
         rng = np.random.default_rng(5)
         shape = model.x_spec.shape[1:]

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from fedcompute.builder.config import read_config
-from fedcompute.builder.differential_privacy import check_dp, dp_parameters
+from fedcompute.builder.differential_privacy import account, check_dp
 from fedcompute.builder.sample_config import sample_config
 from fedcompute.builder.validation import validate
 from fedcompute.protos import task_builder_pb2
@@ -26,7 +26,7 @@ def test_the_sample_is_valid_and_private_in_every_mode(mode):
     loaded = read_config(sample_config(mode).encode())
     settings = validate(loaded.config, NO_FLAGS)
     assert (settings.mode, settings.warnings, loaded.warnings) == (mode, (), ())
-    check_dp(settings, dp_parameters(settings))
+    check_dp(account(settings))
 
 
 def test_the_sample_names_every_field():

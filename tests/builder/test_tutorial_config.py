@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedcompute.builder.config import read_config
-from fedcompute.builder.differential_privacy import check_dp, dp_parameters
+from fedcompute.builder.differential_privacy import account, check_dp
 from fedcompute.builder.problem import ConfigProblems
 from fedcompute.builder.validation import validate
 from fedcompute.protos import task_builder_pb2
@@ -32,10 +32,10 @@ def test_the_job_page_s_configuration_warns_of_its_misspelling_and_is_not_privat
     settings = validate(loaded.config, Flags())
     assert settings.mode == task_builder_pb2.TaskMode.TRAINING_AND_EVAL
     assert settings.warnings == ()
-    dp = dp_parameters(settings)
-    assert dp.epsilon > 500
+    accounting = account(settings)
+    assert accounting.parameters.epsilon > 500
     with pytest.raises(ConfigProblems) as caught:
-        check_dp(settings, dp)
+        check_dp(accounting)
     (problem,) = caught.value.problems
     assert "not private enough to pass DP accounting check" in problem.message
     assert "the target is 10" in problem.rule

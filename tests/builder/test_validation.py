@@ -3,6 +3,7 @@ import math
 import pytest
 from google.protobuf import text_format
 
+from fedcompute.builder.privacy_rules import PRIVACY_RULES
 from fedcompute.builder.problem import ConfigProblems
 from fedcompute.builder.rules import PATHS, RULES
 from fedcompute.builder.validation import validate
@@ -21,7 +22,7 @@ INIT_CLIP = (
 )
 SELECTOR = "checkpoint_selector must be in the format of every_k_round or every_k_hour, where k is a positive integer."
 CLIP = "clip_norm is required and must be a positive float when using FIXED_GAUSSIAN or TREE_AGGREGATION DP Aggregator."
-
+BANDED_CLIP = "clip_norm is required and must be a positive float when using BANDED_MF DP Aggregator."
 
 ROUNDS = "num_max_training_rounds is required and must be a positive number."
 TOO_MANY = "report_goal must be at most the estimated population of 1000000 devices."
@@ -30,6 +31,7 @@ SPLIT = (
     "noise_multiplier must be below 5, a tenth of the report_goal 50, "
     "when using ADAPTIVE_GAUSSIAN or ADAPTIVE_TREE DP Aggregator."
 )
+TOO_LOUD = "noise_multiplier must be at most 262144, the most that the arithmetic of a round holds exactly."
 NAN = [("nan", "nan")]
 INFINITE = [("inf", "inf")]
 BELOW = [("-1e-9", "-1e-09")]
@@ -85,9 +87,11 @@ LIMITS = [
     ("evaluation", "checkpoint_selector", ['""', '"every_1_round"', '"every_24_hour"'], BAD_SELECTORS, SELECTOR),
     ("evaluation", "evaluation_traffic", ["0", "1"], [*ABOVE_1, *BELOW, *NAN], probability),
     ("evaluation", "source_training_task_id", ["1"], [("0", "0"), ("-1", "-1")], SOURCE),
-    ("differential_privacy", "noise_multiplier", ["0", "1e-9", "1e9"], [*BELOW, *INFINITE, *NAN], nonnegative),
+    ("differential_privacy", "noise_multiplier", ["0", "1e-9", "262144"], [*BELOW, *INFINITE, *NAN], nonnegative),
+    ("differential_privacy", "noise_multiplier", ["262144"], [("262144.01", "262144.01")], TOO_LOUD),
     ("differential_privacy", "type: FIXED_GAUSSIAN clip_norm", ["1e-9"], [*NO_CLIP, *INFINITE, *NAN], CLIP),
     ("differential_privacy", "type: TREE_AGGREGATION clip_norm", ["1e-9"], [*NO_CLIP, *NAN], CLIP),
+    ("differential_privacy", "type: BANDED_MF clip_norm", ["1e-9"], [*NO_CLIP, *INFINITE, *NAN], BANDED_CLIP),
     ("differential_privacy", "type: UNKNOWN clip_norm", ["1e-9"], [*NO_CLIP, *NAN], CLIP),
     ("differential_privacy", "type: ADAPTIVE_TREE clip_norm", ["0", "-1"], NAN, CLIP),
     ("differential_privacy", "type: ADAPTIVE_GAUSSIAN init_clip_norm", ["0"], [*BELOW, *INFINITE, *NAN], INIT_CLIP),
@@ -142,7 +146,7 @@ def test_a_value_just_outside_its_limits_fails_alone_with_the_published_line(con
 
 
 def test_every_rule_speaks_of_a_field_that_exists():
-    for rule in RULES:
+    for rule in (*RULES, *PRIVACY_RULES):
         descriptor = task_builder_pb2.TaskConfig.DESCRIPTOR
         *blocks, field = ((rule.prefix or PATHS[rule.entity]) + rule.key).split(".")
         for block in blocks:
@@ -185,27 +189,6 @@ def test_a_placeholder_of_a_task_that_is_not_built_does_no_harm(config):
     config.mode = task_builder_pb2.TaskMode.EVAL_ONLY
     config.federated_learning.learning_process.artifact_building.plan_url = "{storage_path}/plan.pb"
     validate(config, NO_FLAGS)
-
-
-@pytest.mark.parametrize(
-    ("name", "separation", "rounds", "expected"),
-    [
-        ("TREE_AGGREGATION", 20, 20, []),
-        ("TREE_AGGREGATION", 19, 20, ["minimum_separation to 20"]),
-        ("ADAPTIVE_TREE", 128, 128, []),
-        ("ADAPTIVE_TREE", 129, 129, ["restarts"]),
-        ("ADAPTIVE_TREE", 0, 129, ["minimum_separation to 129", "restarts"]),
-        ("FIXED_GAUSSIAN", 0, 1000, []),
-        ("ADAPTIVE_GAUSSIAN", 0, 1000, []),
-    ],
-)
-def test_a_tree_type_warns_of_what_its_accounting_takes_for_granted(config, name, separation, rounds, expected):
-    config.differential_privacy.type = task_builder_pb2.DpAggregator.Enum.Value(name)
-    config.policies.min_separation_policy.minimum_separation = separation
-    config.policies.model_release_policy.num_max_training_rounds = rounds
-    warnings = validate(config, NO_FLAGS).warnings
-    assert len(warnings) == len(expected)
-    assert all(words in warning for words, warning in zip(expected, warnings, strict=True))
 
 
 def test_every_problem_is_listed_in_the_order_of_the_rules(config):

@@ -94,6 +94,17 @@ def test_what_it_names_is_there(finished):
         assert Path(path.rstrip(".").replace("/N/", "/1/")).exists(), path
 
 
+def test_its_privacy_page_has_the_plans_promise_and_every_round(finished):
+    directory, _, output, _ = finished
+    page = (directory / "privacy_report.html").read_text()
+    assert str(directory / "privacy_report.html") in output
+    assert "promises its devices epsilon" in page
+    assert "The chain is whole" in page
+    assert page.count("FIXED_GAUSSIAN") == 1 + 4
+    assert "server/client_work/train/loss" in page
+    assert "server/eval/loss" in page
+
+
 def test_a_second_run_refuses_the_directory_of_the_first(finished):
     directory, *_ = finished
     done = subprocess.run(

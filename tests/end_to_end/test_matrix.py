@@ -34,7 +34,7 @@ WEIGHTS = "server/global_model_weights/trainable"
 ADAM = (0.9, 0.999, 1e-7)
 ALGORITHMS = ("FED_AVG", "FED_SGD")
 OPTIMIZERS = ("SGD", "ADAM")
-DP_TYPES = ("none", "FIXED_GAUSSIAN", "ADAPTIVE_GAUSSIAN", "TREE_AGGREGATION", "ADAPTIVE_TREE")
+DP_TYPES = ("none", "FIXED_GAUSSIAN", "ADAPTIVE_GAUSSIAN", "TREE_AGGREGATION", "ADAPTIVE_TREE", "BANDED_MF")
 COMBINATIONS = list(itertools.product(ALGORITHMS, OPTIMIZERS, OPTIMIZERS, DP_TYPES))
 
 
@@ -205,7 +205,7 @@ def clipped(delta):
     return [leaf * min(1.0, CLIP / norm(delta)) for leaf in delta]
 
 
-def expected_round(algorithm, client, dp, works, initial):
+def expected_round(algorithm, client, dp, works):
     """Mean delta, aggregator state leaves that must have changed, and aggregator metrics."""
     deltas, counts = [work[0] for work in works], [work[1] for work in works]
     if dp == "none":
@@ -226,13 +226,7 @@ def expected_round(algorithm, client, dp, works, initial):
         path = "aggregator/query_state/numerator_state"
         state = {f"{path}/sum_state/l2_norm_clip": estimate}
         clips = {"aggregator/dp_query_metrics/clip": estimate}
-    if "TREE" in dp:
-        # Drawn when the task was built; the server, here, draws silence.
-        exact = subtree(initial, "server/fedcompute/tree/level_buffer")
-        total = [leaf + noise[0] for leaf, noise in zip(total, exact.values(), strict=True)]
     if dp == "ADAPTIVE_TREE":
-        drawn = float(initial["server/fedcompute/below_estimate_tree/level_buffer"][0])
-        estimate = CLIP * math.exp(-0.2 * min(1.0, max(0.0, (bits + drawn) / DEVICES + 0.5)) + 0.1)
         path = "aggregator/inner_agg/query_state/numerator_state"
         state = {
             f"{path}/inner_query_state/quantile_estimator_state/current_estimate": estimate,
@@ -289,7 +283,7 @@ def test_a_round_of_every_combination_follows_the_formulas(
 
     weights = [leaf.astype(np.float64) for leaf in subtree(initial, WEIGHTS).values()]
     works = [local_work(algorithm, client, weights, x, y) for x, y in shards]
-    mean, state, extra = expected_round(algorithm, client, dp, works, initial)
+    mean, state, extra = expected_round(algorithm, client, dp, works)
     _, moved = STEPS[server]({}, weights, mean, SERVER_RATE)
 
     checkpoint = read_checkpoint(api.checkpoint(population, training)[0])
@@ -300,8 +294,8 @@ def test_a_round_of_every_combination_follows_the_formulas(
     table.append((algorithm, client, server, dp, max(float(leaf.max()) for leaf in differences)))
     for difference, gradient in zip(differences, mean, strict=True):
         assert (difference < 2e-6 + steepness(server, gradient) * 1e-7).all()
-    # The noise of a tree stays on the server.
-    assert not any(name.startswith("server/fedcompute") for name in checkpoint)
+    # The noise of a tree begins on the server and stays there.
+    assert not any(name.startswith("server/fedcompute") for name in (*initial, *checkpoint))
     assert not any(leaf.any() for name, leaf in checkpoint.items() if "previous_tree_noise" in name)
     for name, value in state.items():
         assert checkpoint[f"server/{name}"] == pytest.approx(value, rel=1e-5)

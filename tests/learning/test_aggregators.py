@@ -7,7 +7,8 @@ import pytest
 
 from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
 from fedcompute.learning.contribution import add, clip_norm_told, empty_sum, read_contribution
-from fedcompute.learning.process import client_checkpoint, exported, read_state, round_update
+from fedcompute.learning.noise_state import begin_noise, without_noise
+from fedcompute.learning.process import client_checkpoint, read_state, round_update
 from fedcompute.learning.specification import initial_state, state_specs, training_process, zero_state
 from fedcompute.privacy.ledger import GaussianEvent, TreeEvent
 from fedcompute.privacy.noise import SeededNoise, SilentNoise
@@ -45,7 +46,8 @@ def process_of(aggregator, algorithm=learning_pb2.LearningProcess.FED_AVG):
 
 
 def start(process, noise=None):
-    return initial_state(process, [np.zeros(spec.shape, np.float32) for spec in WEIGHTS], [], noise or SeededNoise(1))
+    state = initial_state(process, [np.zeros(spec.shape, np.float32) for spec in WEIGHTS], [])
+    return begin_noise(process, state, noise or SeededNoise(1))
 
 
 def update_for(process, seed, norm=0.5, **scalars):
@@ -194,7 +196,7 @@ def test_a_scalar_that_no_honest_device_sends_is_refused(aggregator, scalars):
 def test_an_exported_checkpoint_holds_no_noise_of_a_tree_and_the_zero_state_no_level(aggregator):
     process = process_of(aggregator)
     _, state = run(process, 3)
-    public = exported(state)
+    public = without_noise(state)
     assert not any(name.startswith("server/fedcompute") for name in public)
     noisy = [name for name in public if "previous_tree_noise" in name or "level_buffer" in name]
     assert noisy

@@ -44,9 +44,7 @@ def process_with(aggregator=None, optimizer=None, metrics=("sparse_categorical_a
 
 def state_of(process):
     generator = np.random.default_rng(0)
-    return initial_state(
-        process, [generator.normal(size=spec.shape).astype(np.float32) for spec in WEIGHTS], [], SeededNoise(0)
-    )
+    return initial_state(process, [generator.normal(size=spec.shape).astype(np.float32) for spec in WEIGHTS], [])
 
 
 def update_for(process, scale=0.01, seed=1):
@@ -176,12 +174,13 @@ def test_a_gaussian_round_divides_by_the_report_goal_adds_noise_and_says_so():
     total = total_of(process, updates)
     noise = SeededNoise(5)
     result = round_update(process, state, total, SeededNoise(5))
+    step = total.steps["update/1/0"]
     assert [event.noise_multiplier for event in result.events] == [pytest.approx(0.5, rel=1e-6)]
     for index, shape in enumerate([(3, 2), (2,)]):
         name = f"server/global_model_weights/trainable/{index}"
-        draws = noise.standard_normal(math.prod(shape)).reshape(shape)
+        draws = noise.gaussian(0.05 / step, math.prod(shape)).reshape(shape) * step
         exact = sum(update[f"update/1/{index}"].astype(np.float64) for update in updates)
-        np.testing.assert_allclose(result.state[name], state[name] - (exact + 0.05 * draws) / 2, atol=1e-6)
+        np.testing.assert_allclose(result.state[name], state[name] - (exact + draws) / 2, atol=1e-6)
     assert not result.state["server/aggregator/is_init_state"]
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedcompute.privacy.clipping import clip_by_global_norm, global_norm
-from fedcompute.privacy.lattice import add_rounded_noise, lattice_for, to_lattice
+from fedcompute.privacy.lattice import add_noise, lattice_for, to_lattice
+from fedcompute.privacy.noise import SeededNoise
 
 floats = st.floats(-1e6, 1e6, width=32)
 leaves = st.dictionaries(
@@ -62,10 +63,9 @@ def test_the_lattice_is_a_power_of_two_of_the_public_clip_norm(clip_norm):
     assert 2**30 <= clip_norm / step < 2**31
 
 
-def test_noise_is_added_on_the_lattice_and_equals_rounding_the_noised_sum():
+def test_noise_is_added_in_lattice_steps_of_the_stated_deviation():
     lattice = lattice_for(1.0)
     total = np.array([[5, -7]], np.int64)
-    noised = add_rounded_noise(total, np.array([0.25, -1.5]), 2.0, lattice)
+    noised = add_noise(total, 2.0, lattice, SeededNoise(3))
     assert noised.dtype == np.int64
-    expected = np.rint((total * lattice.step + [[0.5, -3.0]]) / lattice.step)
-    np.testing.assert_array_equal(noised, expected)
+    np.testing.assert_array_equal(noised - total, [SeededNoise(3).gaussian(2.0 * 2**30, 2)])

@@ -15,7 +15,6 @@ from fedcompute.app import server as http_server
 from fedcompute.crypto.envelope import gzip_bytes, seal_update
 from fedcompute.crypto.keys import parse_public_keys
 from fedcompute.learning.specification import evaluation_process, initial_state, training_process
-from fedcompute.privacy.noise import SilentNoise
 from fedcompute.protos import learning_pb2, plan_pb2, task_assignments_pb2, task_pb2
 from fedcompute.server.settings import RetryWindow, Settings
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -93,7 +92,7 @@ class Api:
         """Creates a task, puts its artifacts and waits until it is open; returns its id."""
         task = self.create_task(population, **options)
         for url, data in (
-            (task.init_checkpoint_url[0], write_checkpoint(initial_state(process, INITIAL, (), SilentNoise()))),
+            (task.init_checkpoint_url[0], write_checkpoint(initial_state(process, INITIAL, ()))),
             (task.server_phase_url[0], gzip_bytes(plan_of(process))),
             (task.client_only_plan_url[0], client_plan()),
         ):

@@ -6,7 +6,6 @@ import httpx
 import pytest
 
 from fedcompute.crypto.keys import parse_public_keys
-from fedcompute.privacy.noise import SilentNoise
 from fedcompute.protos import federatedcompute_pb2, plan_pb2, task_assignments_pb2, task_pb2
 
 Rejection = federatedcompute_pb2.RejectionReason
@@ -259,7 +258,7 @@ def test_artifacts_of_an_open_task_cannot_be_replaced(api, hand_made):
     from fedcompute.learning.specification import initial_state
     from fedcompute.tensors.checkpoint import write_checkpoint
 
-    state = write_checkpoint(initial_state(process, hand_made.initial, (), SilentNoise()))
+    state = write_checkpoint(initial_state(process, hand_made.initial, ()))
     assert api.http.put(task.init_checkpoint_url[0], content=state).status_code == 200
     assert api.http.put(task.server_phase_url[0], content=hand_made.plan_of(process)).status_code == 200
     assert api.http.put(task.client_only_plan_url[0], content=hand_made.client_plan()).status_code == 200

@@ -3,7 +3,7 @@ from concurrent.futures import Future
 import pytest
 
 from fedcompute.errors import OperationFailed, Reason
-from fedcompute.server.rounds.jobs import Jobs
+from fedcompute.server.rounds.jobs import AheadKey, Jobs
 from fedcompute.storage.keys import BatchKey, IterationKey
 
 KEY = IterationKey("p", 1, 1)
@@ -92,3 +92,16 @@ def test_storage_that_fails_is_waited_for_however_often_a_job_may_fail(jobs, exe
     executor.futures[-1].set_result(7)
     assert poll(jobs).result == 7
     assert len(caplog.records) == 7
+
+
+def test_a_look_ahead_outlives_passes_in_which_its_round_is_not_open_yet(jobs, executor):
+    ahead = AheadKey(KEY)
+    for waiting in ({KEY.task}, {KEY.task}, set()):
+        assert jobs.poll(ahead, len, lambda: ()) is None
+        jobs.retain(set(), waiting)
+    assert len(executor.futures) == 1
+    assert jobs.poll(ahead, len, lambda: ()) is None
+    assert len(executor.futures) == 2
+    jobs.retain({KEY}, set())
+    assert jobs.poll(ahead, len, lambda: ()) is None
+    assert len(executor.futures) == 2

@@ -205,7 +205,10 @@ def test_an_evaluation_measures_a_released_checkpoint_and_changes_no_model(api, 
 
 
 def test_a_repeated_update_job_keeps_the_first_noise(run_server, hand_made):
+    from fedcompute.server.rounds.spending import Spending
     from fedcompute.server.rounds.update import UpdateJob, update
+    from fedcompute.storage.keys import IterationKey
+    from fedcompute.storage.releases import Standing
 
     running = run_server()
     process = hand_made.process_of(dp(goal=1, noise=1.0))
@@ -230,6 +233,11 @@ def test_a_repeated_update_job_keeps_the_first_noise(run_server, hand_made):
             client_checkpoint_path=f"{root}/1/d/0/client_checkpoint",
             metrics_path=f"{root}/1/s/0/metrics",
             max_checkpoint_bytes=1 << 20,
+            key=IterationKey("once", task_id, 1),
+            report_goal=1,
+            is_last=True,
+            spending=Spending(Standing(0, None), {}),
+            noise_key=bytes(32),
         )
     )
     assert {path: path.read_bytes() for path in released} == released

@@ -1,5 +1,6 @@
-"""One database per test; further kinds of database join through the parameter of `database_url`."""
+"""One database per test, each test once per kind of database."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,9 +16,33 @@ from fedcompute.storage.schema import IterationStatus
 from fedcompute.storage.tasks import create_task, get_task, open_task
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory):
+    """A file with the present schema; a copy takes a tenth of the time of the migrations."""
+    path = tmp_path_factory.mktemp("template") / "template.db"
+    Database.open(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request, tmp_path):
+    """A database with the present schema and no rows."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgresql_url")
+    shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "fedcompute.db")
     return f"sqlite:///{tmp_path}/fedcompute.db"
+
+
+@pytest.fixture
+def empty_url(request, database_url, tmp_path):
+    """A database of the same kind that nothing was ever made in."""
+    if database_url.startswith("sqlite"):
+        yield f"sqlite:///{tmp_path}/new/empty.db"
+        return
+    server = request.getfixturevalue("postgresql")
+    name = server.create()
+    yield server.url(name)
+    server.drop(name)
 
 
 @pytest.fixture

@@ -9,17 +9,19 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect, text
+from sqlalchemy.exc import IntegrityError
 
 import fedcompute.storage.migrations as migrations
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.storage import schema
-from fedcompute.storage.database import Database
+from fedcompute.storage.database import Database, sqlite_file
 from fedcompute.storage.iterations import get_iteration, move_iteration
 from fedcompute.storage.schema import IterationStatus, metadata
 from fedcompute.storage.tasks import create_task, list_tasks
 
 
-def shape(engine):
+def shape(url):
+    engine = create_engine(url)
     inspector = inspect(engine)
     tables = {}
     for name in inspector.get_table_names():
@@ -41,18 +43,18 @@ def shape(engine):
                 for i in inspector.get_indexes(name)
             ),
         }
+    engine.dispose()
     return tables
 
 
-def test_migrations_and_metadata_give_the_same_schema(database, database_url, tmp_path):
-    engine = create_engine(f"sqlite:///{tmp_path}/metadata.db")
+def test_migrations_and_metadata_give_the_same_schema(database, database_url, empty_url):
+    sqlite_file(empty_url)
+    engine = create_engine(empty_url)
     metadata.create_all(engine)
-    migrated = create_engine(database_url)
-    assert shape(migrated) == shape(engine)
-    with migrated.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
-    migrated.dispose()
+    assert shape(database_url) == shape(empty_url)
+    with database.read() as tx:
+        assert compare_metadata(MigrationContext.configure(tx), metadata) == []
 
 
 def test_the_newest_migration_is_the_one_that_the_package_names():
@@ -76,10 +78,9 @@ def test_opening_again_keeps_the_rows_and_does_not_import_alembic(database, data
     assert ran.stdout.split() == ["1", "False"]
 
 
-def test_processes_that_open_a_new_file_at_once_all_get_a_schema(tmp_path):
+def test_processes_that_open_a_new_database_at_once_all_get_a_schema(empty_url):
     program = "import sys; from fedcompute.storage.database import Database; Database.open(sys.argv[1]).check()"
-    url = f"sqlite:///{tmp_path}/new/fresh.db"
-    running = [subprocess.Popen([sys.executable, "-c", program, url]) for _ in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", program, empty_url]) for _ in range(3)]
     assert [process.wait(60) for process in running] == [0, 0, 0]
 
 
@@ -131,19 +132,43 @@ def test_a_reader_neither_waits_for_a_writer_nor_sees_half_of_it(database, task_
         assert seen == [[]]
 
 
-def test_a_file_that_stays_locked_is_a_typed_error(database, task_proto, now):
-    def write_in_vain():
-        with database.read() as tx:
-            tx.exec_driver_sql("PRAGMA busy_timeout = 50")
-            create_task(tx, task_proto(), now)
+def test_a_reader_sees_one_moment_however_long_it_looks(database, task_proto, now):
+    with database.read() as reader:
+        assert list_tasks(reader) == []
 
-    with database.write(), pytest.raises(OperationFailed) as caught:
-        write_in_vain()
+        def write():
+            with database.write() as tx:
+                create_task(tx, task_proto(), now)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert list_tasks(reader) == []
+    with database.read() as reader:
+        assert len(list_tasks(reader)) == 1
+
+
+def test_what_stays_locked_is_a_typed_error(database, database_url, collecting, now):
+    key, is_sqlite = collecting(), database_url.startswith("sqlite")
+    wait = "SET LOCAL lock_timeout = 50"
+
+    def write_in_vain():
+        with database.read() if is_sqlite else database.write() as tx:
+            tx.exec_driver_sql("PRAGMA busy_timeout = 50" if is_sqlite else wait)
+            move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.AGGREGATING, now)
+
+    with database.write() as tx:
+        assert move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.AGGREGATING, now)
+        with pytest.raises(OperationFailed) as caught:
+            write_in_vain()
     assert caught.value.reason is Reason.STORAGE_FAILED
+    with database.read() as tx:
+        assert get_iteration(tx, key).status is IterationStatus.AGGREGATING
 
 
 def test_foreign_keys_hold(database):
-    with pytest.raises(Exception, match="FOREIGN KEY"), database.write() as tx:
+    with pytest.raises(IntegrityError, match=r"(?i)foreign key"), database.write() as tx:
         tx.execute(
             schema.task_status_history.insert().values(
                 population_name="p", task_id=1, status_id=0, status=0, created_time=schema.datetime.now(schema.UTC)

@@ -5,6 +5,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from fedcompute.privacy.chain import GENESIS, Release, chained
 from fedcompute.storage import schema
 from fedcompute.storage.iterations import (
     close_and_open_next,
@@ -17,16 +18,33 @@ from fedcompute.storage.iterations import (
     next_iteration,
 )
 from fedcompute.storage.keys import IterationKey
-from fedcompute.storage.releases import LedgerEntry, completed_iterations, ledger_entries, metrics_of, record_entry
+from fedcompute.storage.releases import Standing, append_releases, completed_iterations, ledger_entries, metrics_of
 from fedcompute.storage.schema import IterationStatus, TaskStatus
 from fedcompute.storage.tasks import cancel_task, get_task
 
+FIRST = Standing(0, None)
+
 
 @pytest.fixture
-def entry(now):
+def releases():
     def make(key):
-        event = {"class": "GaussianDpEvent", "noise_multiplier": 0.7}
-        return LedgerEntry(key, event, clip_norm=1.5, report_goal=2, contributions=2, created=now)
+        return [
+            Release(
+                population=key.population,
+                task_id=key.task_id,
+                iteration_id=key.iteration_id,
+                released=what,
+                mechanism="FIXED_GAUSSIAN" if event else "NONE",
+                event=event,
+                claim=None,
+                clip_norm=1.5 if event else None,
+                report_goal=2,
+                contributions=2,
+                cumulative_epsilon=3.25,
+                delta=1e-6,
+            )
+            for what, event in (("model", {"class": "GaussianDpEvent", "noise_multiplier": 0.7}), ("metrics", None))
+        ]
 
     return make
 
@@ -102,42 +120,56 @@ def test_of_racers_for_a_transition_one_wins(database, collecting, race, now):
         assert len(tx.execute(schema.iteration_status_history.select()).all()) == 2
 
 
-def test_closing_releases_metrics_entry_and_successor_together(database, applying, following, entry, now):
+def test_closing_releases_metrics_entry_and_successor_together(database, applying, following, releases, now):
     key = applying()
     metrics = {"x" * 200: 0.5, "loss": float("nan"), "none": None}
     with database.write() as tx:
-        assert close_and_open_next(tx, key, metrics=metrics, entry=entry(key), following=following(key), now=now)
+        assert close_and_open_next(
+            tx, key, metrics=metrics, releases=releases(key), standing=FIRST, following=following(key), now=now
+        )
     with database.write() as tx:
         assert get_iteration(tx, key).status is IterationStatus.COMPLETED
         assert newest_iteration(tx, key.task).key.iteration_id == 2
-        assert ledger_entries(tx, "digits") == [entry(key)]
+        first, second = releases(key)
+        created = "2026-03-01T12:00:00.123456+00:00"
+        before = chained(None, first, created)
+        assert ledger_entries(tx, "digits") == [before, chained(before, second, created)]
+        assert before.previous_hash == GENESIS
         assert {row.name: row.value for row in metrics_of(tx, key.task)} == {"x" * 200: 0.5, "loss": None, "none": None}
         assert [(row.iteration_id, row.completed) for row in completed_iterations(tx, key.task)] == [(1, now)]
         assert completed_iterations(tx, key.task, since=now + timedelta(microseconds=1)) == []
-        assert not close_and_open_next(tx, key, metrics={}, entry=None, following=None, now=now)
+        assert not close_and_open_next(tx, key, metrics={}, releases=[], standing=None, following=None, now=now)
 
 
-def test_the_last_iteration_completes_the_task(database, applying, entry, now):
+def test_the_last_iteration_completes_the_task(database, applying, releases, now):
     key = applying(total_iteration=1)
     with database.write() as tx:
-        assert close_and_open_next(tx, key, metrics={}, entry=entry(key), following=None, now=now)
+        assert close_and_open_next(tx, key, metrics={}, releases=releases(key), standing=FIRST, following=None, now=now)
         assert get_task(tx, key.task).status is TaskStatus.COMPLETED
 
 
 def test_an_iteration_without_a_successor_leaves_the_task_open(database, applying, now):
     key = applying()
     with database.write() as tx:
-        assert close_and_open_next(tx, key, metrics={}, entry=None, following=None, now=now)
+        assert close_and_open_next(tx, key, metrics={}, releases=[], standing=None, following=None, now=now)
         assert get_task(tx, key.task).status is TaskStatus.OPEN
 
 
-def test_nothing_is_released_when_the_ledger_entry_cannot_be_stored(database, applying, following, entry, now):
+def test_nothing_is_released_when_the_ledger_entry_cannot_be_stored(database, applying, following, releases, now):
     key = applying()
     with database.write() as tx:
-        record_entry(tx, entry(key))
+        append_releases(tx, key, releases(key)[1:], None, now)
     with database.write() as tx:
         with pytest.raises(IntegrityError):
-            close_and_open_next(tx, key, metrics={"loss": 1.0}, entry=entry(key), following=following(key), now=now)
+            close_and_open_next(
+                tx,
+                key,
+                metrics={"loss": 1.0},
+                releases=releases(key),
+                standing=FIRST,
+                following=following(key),
+                now=now,
+            )
         # The caller may go on with its transaction: the failed release has left nothing in it.
         assert tx.execute(text("SELECT 1")).scalar() == 1
     with database.read() as tx:
@@ -147,12 +179,18 @@ def test_nothing_is_released_when_the_ledger_entry_cannot_be_stored(database, ap
         assert len(tx.execute(schema.iteration_status_history.select()).all()) == 3
 
 
-def test_nothing_is_released_when_the_successor_exists(database, applying, following, entry, now):
+def test_nothing_is_released_when_the_successor_exists(database, applying, following, releases, now):
     key = applying()
     with database.write() as tx:
         assert create_iteration(tx, following(key), now)
         assert not close_and_open_next(
-            tx, key, metrics={"loss": 1.0}, entry=entry(key), following=following(key), now=now
+            tx,
+            key,
+            metrics={"loss": 1.0},
+            releases=releases(key),
+            standing=FIRST,
+            following=following(key),
+            now=now,
         )
     with database.read() as tx:
         assert get_iteration(tx, key).status is IterationStatus.APPLYING
@@ -160,32 +198,34 @@ def test_nothing_is_released_when_the_successor_exists(database, applying, follo
         assert metrics_of(tx, key.task) == []
 
 
-def test_a_canceled_task_releases_nothing(database, applying, entry, now):
+def test_a_canceled_task_releases_nothing(database, applying, releases, now):
     key = applying(total_iteration=1)
     with database.write() as tx:
         assert cancel_task(tx, key.task, now)
-        assert not close_and_open_next(tx, key, metrics={}, entry=entry(key), following=None, now=now)
+        assert not close_and_open_next(
+            tx, key, metrics={}, releases=releases(key), standing=FIRST, following=None, now=now
+        )
         assert ledger_entries(tx, "digits") == []
 
 
-def test_an_entry_or_successor_of_another_iteration_is_a_mistake(database, applying, following, entry, now):
+def test_an_entry_or_successor_of_another_iteration_is_a_mistake(database, applying, following, releases, now):
     key = applying()
     other = IterationKey("digits", 1, 7)
     with database.write() as tx:
         with pytest.raises(ValueError, match="ledger"):
-            close_and_open_next(tx, key, metrics={}, entry=entry(other), following=None, now=now)
+            close_and_open_next(tx, key, metrics={}, releases=releases(other), standing=FIRST, following=None, now=now)
         skipping = replace(following(key), key=other)
         with pytest.raises(ValueError, match="follow"):
-            close_and_open_next(tx, key, metrics={}, entry=None, following=skipping, now=now)
+            close_and_open_next(tx, key, metrics={}, releases=[], standing=None, following=skipping, now=now)
 
 
-def test_the_ledger_outlives_its_task_and_is_never_cut_short(database, applying, entry, now):
+def test_the_ledger_outlives_its_task(database, applying, releases, now):
     key = applying(total_iteration=1)
     with database.write() as tx:
-        close_and_open_next(tx, key, metrics={"loss": 1.0}, entry=entry(key), following=None, now=now)
+        close_and_open_next(
+            tx, key, metrics={"loss": 1.0}, releases=releases(key), standing=FIRST, following=None, now=now
+        )
         tx.execute(schema.task.delete())
         assert metrics_of(tx, key.task) == []
         assert tx.execute(schema.iteration_status_history.select()).all() == []
-        assert len(ledger_entries(tx, "digits", task=key.task)) == 1
-        with pytest.raises(Exception, match="more than 0"):
-            ledger_entries(tx, "digits", limit=0)
+        assert len(ledger_entries(tx, "digits", task=key.task)) == 2

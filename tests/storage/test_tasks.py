@@ -1,6 +1,7 @@
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import Select
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_pb2
@@ -85,15 +86,16 @@ def test_the_database_itself_refuses_a_second_active_task_of_a_kind(database, ta
 
 
 class _BlindToTasks:
-    """A transaction that asked for active tasks too early; a stand-in because SQLite cannot show this race."""
+    """A transaction that asked for active tasks too early; a stand-in because no real one can: they take turns."""
 
     def __init__(self, tx):
         self._tx = tx
         self._asked = False
+        self.dialect = tx.dialect
 
-    def execute(self, *args):
-        if self._asked:
-            return self._tx.execute(*args)
+    def execute(self, statement, *args):
+        if self._asked or not isinstance(statement, Select):
+            return self._tx.execute(statement, *args)
         self._asked = True
         return self._tx.execute(schema.task.select().where(schema.task.c.population_name == "nobody"))
 
@@ -185,3 +187,20 @@ def test_lists_are_filtered_and_paged(database, task_proto, now):
         assert [row.key.population for row in list_tasks(tx, after=first[-1].key)] == ["c"]
         assert [row.key.population for row in list_tasks(tx, statuses=[TaskStatus.OPEN])] == ["b"]
         assert [row.key.population for row in list_tasks(tx, population="c")] == ["c"]
+
+
+def test_names_sort_by_the_codes_of_their_characters_whatever_the_order_of_the_database_is(database, task_proto, now):
+    names = ["-", "B", "_", "a", "b"]
+    with database.write() as tx:
+        for population in reversed(names):
+            create_task(tx, task_proto(population), now)
+        assert [row.key.population for row in list_tasks(tx)] == names
+        assert [row.key.population for row in list_tasks(tx, after=TaskKey("B", 1))] == names[2:]
+
+
+def test_text_with_a_nul_is_no_failure_of_the_database(database, task_proto, now):
+    with database.write() as tx:
+        key = create_task(tx, task_proto(correlation_id="a\0b"), now).key
+        assert get_task(tx, key).correlation_id == "a\ufffdb"
+        assert get_task(tx, TaskKey("digits\0", 1)) is None
+        assert list_tasks(tx, population="\0") == []

@@ -1,16 +1,26 @@
 """A task group from a saved model and a configuration (spec/task-builder.md 7.4)."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
 from fedcompute.builder.client_graph import ClientSettings, client_graph
-from fedcompute.builder.composition import choose, choose_metrics, compose
+from fedcompute.builder.composition import Choices, choose, choose_metrics, compose
 from fedcompute.builder.device_graph import DeviceGraph, device_graph
-from fedcompute.builder.differential_privacy import DpParameters, check_dp, dp_parameters, dp_type
+from fedcompute.builder.differential_privacy import (
+    Accounting,
+    account,
+    check_dp,
+    dp_notes,
+    evaluation_claim,
+    log_parameters,
+    metric_noise,
+    privacy_claim,
+)
+from fedcompute.builder.dp_types import DP_TYPES, DpParameters, bands_in_memory
 from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.op_check import NO_MINIMUM, flex_ops, min_client_version, supported_ops
@@ -21,8 +31,7 @@ from fedcompute.errors import BuildFailed, FedComputeError, Reason
 from fedcompute.learning.specification import evaluation_process, initial_state, zero_state
 from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.models.saved_model import load_functional_model
-from fedcompute.privacy.noise import SystemNoise
-from fedcompute.protos import learning_pb2, task_builder_pb2, task_pb2
+from fedcompute.protos import learning_pb2, plan_pb2, task_builder_pb2, task_pb2
 from fedcompute.tensors.checkpoint import write_checkpoint
 from fedcompute.tensors.tree import Tensors
 
@@ -54,7 +63,7 @@ def build_task_group(
     _report_settings(report, settings, flags)
     choices = choose(settings)
     logger.info("Basic config is valid. Start validating differential privacy setup...")
-    dp = _differential_privacy(settings, flags, report)
+    accounting = _differential_privacy(settings, flags, report)
     logger.info("Task config is valid! Start building the task group.")
     metrics = choose_metrics(settings.metrics)
     report.metric_results.accepted_metrics = ", ".join(metrics.accepted)
@@ -63,8 +72,7 @@ def build_task_group(
 
     check_saved_model(Path(saved_model_dir))
     model = load_functional_model(saved_model_dir)
-    aggregator = choices.algorithm.plain if flags.skip_dp_aggregator else dp_type(settings).aggregator(dp)
-    process = compose(choices, model, aggregator, metrics.accepted)
+    process = _process(choices, model, metrics.accepted, None if flags.skip_dp_aggregator else accounting, report)
     client = ClientSettings(
         label_name=settings.config.label_name,
         batch_size=settings.batch_size,
@@ -75,19 +83,53 @@ def build_task_group(
     )
     versions = None if flags.skip_flex_ops_check else supported_ops(op_table)
     group_id = correlation_id()
-    training = evaluation = None
+    halves = []
     if settings.trains:
-        state = initial_state(process, model.trainable, model.non_trainable, SystemNoise())
-        built = _build_artifacts(model, process, client, settings.example_selector_uri, state, versions, lower_ops)
-        report.warnings.extend(f"training: {text}" for text in built.warnings)
-        training = built.of(training_task(settings, built.min_client_version, group_id))
+        uri = settings.example_selector_uri
+        halves.append(_client_half("training", model, process, client, uri, versions, lower_ops))
     if settings.evaluation is not None:
-        evaluated = evaluation_process(process, metrics.accepted)
-        uri = settings.evaluation.example_selector_uri
-        built = _build_artifacts(model, evaluated, client, uri, zero_state(evaluated), versions, lower_ops)
-        report.warnings.extend(f"evaluation: {text}" for text in built.warnings)
-        evaluation = built.of(evaluation_task(settings, built.min_client_version, group_id))
-    return BuiltGroup(training, evaluation, report)
+        evaluated, uri = evaluation_process(process, metrics.accepted), settings.evaluation.example_selector_uri
+        halves.append(_client_half("evaluation", model, evaluated, client, uri, versions, lower_ops))
+    dp = _exact(settings, accounting, report, notes=not flags.skip_dp_aggregator)
+    built = {}
+    for half in halves:
+        report.warnings.extend(half.warnings)
+        if not flags.skip_dp_aggregator:
+            half.process.privacy_claim.CopyFrom(_claim(settings, half.kind, dp))
+        state = (
+            initial_state(half.process, model.trainable, model.non_trainable)
+            if half.kind == "training"
+            else zero_state(half.process)
+        )
+        row = training_task if half.kind == "training" else evaluation_task
+        built[half.kind] = _artifacts(half, state, row(settings, half.min_client_version, group_id))
+    return BuiltGroup(built.get("training"), built.get("evaluation"), report)
+
+
+def _claim(settings: BuildSettings, kind: str, dp: DpParameters) -> learning_pb2.PrivacyClaim:
+    if kind == "training" or settings.evaluation is None:
+        return privacy_claim(dp)
+    return evaluation_claim(dp, settings.evaluation.report_goal)
+
+
+def _process(
+    choices: Choices,
+    model: FunctionalModel,
+    metrics: Sequence[str],
+    accounting: Accounting | None,
+    report: task_builder_pb2.TaskReport,
+) -> learning_pb2.LearningProcess:
+    """The training process, without its claim, whose epsilon is not known yet; `accounting` None: no DP at all."""
+    if accounting is None:
+        return compose(choices, model, choices.algorithm.plain, metrics)
+    dp = accounting.parameters
+    bands = bands_in_memory(dp.bands, sum(weight.size for weight in model.trainable))
+    if DP_TYPES[dp.type].mechanism == "banded_mf":
+        report.warnings.append(f"the noise of BANDED_MF is correlated over {bands} rounds")
+        if bands < dp.bands:
+            report.warnings.append(f"{dp.bands} rounds would need more memory for a model of this size")
+    aggregator = DP_TYPES[dp.type].aggregator(replace(dp, bands=bands))
+    return compose(choices, model, aggregator, metrics, metric_noise(dp))
 
 
 def _report_settings(
@@ -97,7 +139,9 @@ def _report_settings(
     applied.learning_algo = settings.algorithm
     applied.client_optimizer = settings.client_optimizer
     applied.server_optimizer = settings.server_optimizer
-    report.warnings.extend(settings.warnings)
+    for warning in settings.warnings:
+        logger.warning("%s", warning)
+        report.warnings.append(warning)
     for field, _ in flags.ListFields():
         report.warnings.append(f"built with {field.name}")
         logger.warning("The build for population %r uses %s.", settings.population, field.name)
@@ -107,12 +151,15 @@ def _report_settings(
 
 def _differential_privacy(
     settings: BuildSettings, flags: task_builder_pb2.ExperimentFlags, report: task_builder_pb2.TaskReport
-) -> DpParameters:
-    dp = dp_parameters(settings)
+) -> Accounting:
+    """The checked parameters; their exact epsilon is being computed when this returns."""
+    accounting = account(settings)
+    dp = accounting.parameters
     if not flags.skip_dp_aggregator:
         report.applied_algorithms.dp_aggregator = dp.type
     hyperparameters = report.dp_hyperparameters
     hyperparameters.dp_delta = dp.delta
+    # A bound until the exact value is known.
     hyperparameters.dp_epsilon = dp.epsilon
     hyperparameters.noise_multiplier = dp.noise_multiplier
     hyperparameters.dp_clip_norm = dp.clip_norm
@@ -120,46 +167,64 @@ def _differential_privacy(
     if flags.skip_dp_aggregator:
         report.warnings.append("the plan clips nothing and adds no noise; dp_hyperparameters are not applied")
     if not flags.skip_dp_check:
-        check_dp(settings, dp)
+        check_dp(accounting)
+    accounting.begin()
+    return accounting
+
+
+def _exact(
+    settings: BuildSettings, accounting: Accounting, report: task_builder_pb2.TaskReport, *, notes: bool
+) -> DpParameters:
+    dp = accounting.result()
+    log_parameters(dp)
+    report.dp_hyperparameters.dp_epsilon = dp.epsilon
+    for note in dp_notes(settings, dp) if notes else ():
+        logger.warning("%s", note)
+        report.warnings.append(note)
     return dp
 
 
 @dataclass(frozen=True)
-class _Artifacts:
-    plan: bytes
-    client_plan: bytes
-    checkpoint: bytes
+class _Half:
+    """One task as far as it does not depend on the accounting: the device's graph and what it asks for."""
+
+    kind: str
+    process: learning_pb2.LearningProcess
+    selector: plan_pb2.ExampleSelector
+    flatbuffer: bytes
     min_client_version: str
     warnings: tuple[str, ...]
 
-    def of(self, task: task_pb2.Task) -> BuiltTask:
-        return BuiltTask(task, self.plan, self.client_plan, self.checkpoint)
 
-
-def _build_artifacts(
+def _client_half(
+    kind: str,
     model: FunctionalModel,
     process: learning_pb2.LearningProcess,
     client: ClientSettings,
     selector_uri: str,
-    state: Tensors,
     versions: Mapping[str, int] | None,
     lower_ops: LowerOps,
-) -> _Artifacts:
-    """Plan, device plan and checkpoint of one process; `versions` None skips the op check."""
+) -> _Half:
+    """The device's graph of one process; `versions` None skips the op check."""
     selector = example_selector(selector_uri)
     settings = replace(client, selector=selector.SerializeToString())
     graph = _step("Cannot build the plan", lambda: _device_graph(model, process, settings, versions, lower_ops))
-    plan = build_plan(process, graph.flatbuffer, selector)
-    logger.info("Plan was built successfully.")
     version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph.flatbuffer), versions)
     if versions is not None:
         logger.info("The task can only run on Android build %s or above", version)
+    warnings = (f"{kind}: {graph.lowered}",) if graph.lowered else ()
+    return _Half(kind, process, selector, graph.flatbuffer, version, warnings)
+
+
+def _artifacts(half: _Half, state: Tensors, task: task_pb2.Task) -> BuiltTask:
+    """Plan, device plan and checkpoint."""
+    plan = build_plan(half.process, half.flatbuffer, half.selector)
+    logger.info("Plan was built successfully.")
     client_plan = client_only_plan(plan)
     logger.info("ClientOnlyPlan was built successfully.")
     checkpoint = _step("Cannot build the initial checkpoint", lambda: write_checkpoint(state))
     logger.info("Initial checkpoint was built successfully.")
-    warnings = (graph.lowered,) if graph.lowered else ()
-    return _Artifacts(plan.SerializeToString(), client_plan.SerializeToString(), checkpoint, version, warnings)
+    return BuiltTask(task, plan.SerializeToString(), client_plan.SerializeToString(), checkpoint)
 
 
 def _device_graph(

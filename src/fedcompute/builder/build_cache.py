@@ -6,11 +6,7 @@ from dataclasses import dataclass, replace
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
 from fedcompute.builder.tasks import correlation_id
-from fedcompute.learning.plans import read_plan
-from fedcompute.learning.specification import initial_state
-from fedcompute.privacy.noise import SystemNoise
-from fedcompute.protos import learning_pb2, task_builder_pb2
-from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
+from fedcompute.protos import task_builder_pb2
 
 MAX_BYTES = 256 << 20
 MAX_ENTRIES = 64
@@ -26,8 +22,7 @@ class _Entry:
 class BuildCache:
     """The last builds, at most `max_bytes` of artifacts. Not for threads.
 
-    What is secret or unique is never shared: a group that comes out has a fresh correlation id, and the initial
-    state of a training task, which may hold a noise tree's first draws, is drawn anew.
+    What is unique is never shared: a group that comes out has a fresh correlation id.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -72,11 +67,4 @@ def _fresh_task(built: BuiltTask | None, correlation: str) -> BuiltTask | None:
     task = type(built.task)()
     task.CopyFrom(built.task)
     task.correlation_id = correlation
-    process = read_plan(built.plan).learning_process
-    if process.kind != learning_pb2.LearningProcess.TRAINING:
-        return replace(built, task=task)
-    state = read_checkpoint(built.checkpoint)
-    trainable = [state[leaf.name] for leaf in process.trainable]
-    non_trainable = [state[leaf.name] for leaf in process.non_trainable]
-    fresh = initial_state(process, trainable, non_trainable, SystemNoise())
-    return replace(built, task=task, checkpoint=write_checkpoint(fresh))
+    return replace(built, task=task)

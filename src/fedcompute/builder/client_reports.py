@@ -54,6 +54,8 @@ POSTPROCESSORS: Mapping[str, Callable[[WorkResult, Told], Sent]] = {
     "adaptive_gaussian": _adaptive_gaussian,
     "tree_aggregation": _tree,
     "adaptive_tree": _adaptive_tree,
+    # The device's half is the same: only the server's noise differs.
+    "banded_mf": _fixed_gaussian,
 }
 
 

@@ -90,9 +90,16 @@ def choose_metrics(names: Sequence[str]) -> MetricChoice:
 
 
 def compose(
-    choices: Choices, model: FunctionalModel, aggregator: AggregatorSettings, metrics: Sequence[str]
+    choices: Choices,
+    model: FunctionalModel,
+    aggregator: AggregatorSettings,
+    metrics: Sequence[str],
+    metric_noise: learning_pb2.MetricNoise | None = None,
 ) -> learning_pb2.LearningProcess:
-    """The training process of a model; raises ArtifactInvalid (MODEL_UNSUPPORTED) for weights it cannot train."""
+    """The training process of a model, without a privacy claim.
+
+    Raises ArtifactInvalid (MODEL_UNSUPPORTED) for weights it cannot train.
+    """
     for index, weight in enumerate(model.trainable):
         if weight.dtype != np.float32:
             raise ArtifactInvalid(
@@ -106,6 +113,7 @@ def compose(
         server_optimizer=choices.server_optimizer,
         aggregator=aggregator,
         metrics=metrics,
+        metric_noise=metric_noise,
     )
 
 

@@ -20,11 +20,8 @@ _COUNT_NOISE_PER_DEVICE = 0.05
 
 _Mode = task_builder_pb2.TaskMode
 _Dp = task_builder_pb2.DpAggregator
-_FIXED_TYPES = (_Dp.UNKNOWN, _Dp.FIXED_GAUSSIAN, _Dp.TREE_AGGREGATION)
+_FIXED_TYPES = (_Dp.UNKNOWN, _Dp.FIXED_GAUSSIAN, _Dp.TREE_AGGREGATION, _Dp.BANDED_MF)
 _ADAPTIVE_TYPES = (_Dp.ADAPTIVE_GAUSSIAN, _Dp.ADAPTIVE_TREE)
-_TREE_TYPES = (_Dp.TREE_AGGREGATION, _Dp.ADAPTIVE_TREE)
-# Rounds after which an adaptive tree adopts its first estimate and starts anew.
-_ADAPTIVE_TREE_WARM_UP = 128
 _SELECTOR = re.compile(r"every_([1-9][0-9]{0,8})_(round|hour)", re.ASCII)
 
 # Where each block stands, by the name that messages call it.
@@ -108,26 +105,6 @@ def adaptive_noise_problem(noise_multiplier: float, report_goal: int) -> Problem
         "when using ADAPTIVE_GAUSSIAN or ADAPTIVE_TREE DP Aggregator.",
         f"raise report_goal above {10 * noise_multiplier:g} (10 times noise_multiplier), or lower the noise",
     )
-
-
-def tree_warnings(config: Config) -> list[str]:
-    """What the accounting of a tree type takes for granted and this configuration does not ensure (spec 3.3)."""
-    if _dp(config).type not in _TREE_TYPES:
-        return []
-    name = _Dp.Enum.Name(_dp(config).type)
-    rounds, separation = _release(config).num_max_training_rounds, _separation(config)
-    warnings = []
-    if separation < rounds:
-        warnings.append(
-            f"{name} is accounted for one contribution per device, but minimum_separation {separation} lets a device "
-            f"take part more than once in {rounds} rounds; set minimum_separation to {rounds} or more"
-        )
-    if _dp(config).type == _Dp.ADAPTIVE_TREE and rounds > _ADAPTIVE_TREE_WARM_UP:
-        warnings.append(
-            f"ADAPTIVE_TREE starts its tree anew after {_ADAPTIVE_TREE_WARM_UP} rounds; the epsilon of {rounds} rounds "
-            "does not count the restarts"
-        )
-    return warnings
 
 
 def _is_at_least_zero(value: float) -> bool:
@@ -227,6 +204,12 @@ def _adaptive_noise(config: Config) -> str:
 def _adaptive_noise_remedy(config: Config) -> str:
     found = adaptive_noise_problem(_dp(config).noise_multiplier, _runtime(config).report_goal)
     return found.remedy if found else ""
+
+
+def _clip_norm_detail(config: Config) -> str:
+    # The published line names the reference's types alone.
+    types = "BANDED_MF" if _dp(config).type == _Dp.BANDED_MF else "FIXED_GAUSSIAN or TREE_AGGREGATION"
+    return f"clip_norm is required and must be a positive float when using {types} DP Aggregator."
 
 
 def _is_placeholder(uri: str) -> bool:
@@ -428,8 +411,7 @@ RULES: tuple[Rule, ...] = (
                 not math.isnan(_dp(c).clip_norm)
                 and (_dp(c).type not in _FIXED_TYPES or 0 < _dp(c).clip_norm < math.inf)
             ),
-            "clip_norm is required and must be a positive float when using FIXED_GAUSSIAN or TREE_AGGREGATION"
-            " DP Aggregator.",
+            _clip_norm_detail,
         ),
         _text("set the largest L2 norm of one device's update, such as 0.1"),
     ),

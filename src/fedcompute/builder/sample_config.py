@@ -79,7 +79,7 @@ _TAIL = """\
 }}
 
 differential_privacy {{
-  # FIXED_GAUSSIAN, ADAPTIVE_GAUSSIAN, TREE_AGGREGATION or ADAPTIVE_TREE.
+  # FIXED_GAUSSIAN, ADAPTIVE_GAUSSIAN, TREE_AGGREGATION, ADAPTIVE_TREE or BANDED_MF.
   type: FIXED_GAUSSIAN
   # Largest L2 norm of one device's update; a longer update is scaled down to it.
   clip_norm: 0.1
@@ -89,6 +89,13 @@ differential_privacy {{
   noise_multiplier: 1.0
   # Devices that a round draws from; the accounting rests on it.
   estimated_population: 1000000
+  # How devices are assumed to come to rounds. POISSON and FIXED_SIZE: a random sample of the population each round,
+  # which devices that come when they like are not. MIN_SEPARATION: when they like, minimum_separation rounds apart.
+  # NO_AMPLIFICATION: when they like. The default is POISSON, and MIN_SEPARATION for BANDED_MF.
+  # participation: POISSON
+  # Clips and noises the metrics of each round as a part of the same budget; 0: they are released as they are.
+  # metrics_clip_norm: 0
+  # metrics_noise_multiplier: 0
 }}
 """
 

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
+from fedcompute.builder.privacy_rules import PRIVACY_RULES, privacy_warnings
 from fedcompute.builder.problem import ConfigProblems, Problem
-from fedcompute.builder.rules import DEFAULT_OVER_SELECTION_RATE, RULES, problem, selector_parts, tree_warnings
+from fedcompute.builder.rules import DEFAULT_OVER_SELECTION_RATE, RULES, problem, selector_parts
 from fedcompute.errors import Reason
 from fedcompute.protos import task_builder_pb2
 
@@ -78,7 +79,7 @@ def validate(
     config, warnings = _with_mode_and_population(config, default_population)
     broken = [
         found
-        for rule in RULES
+        for rule in (*RULES, *PRIVACY_RULES)
         if not (rule.evaluation_only and config.mode == _Mode.TRAINING_ONLY)
         and (found := rule.problem(config)) is not None
     ]
@@ -86,7 +87,7 @@ def validate(
     if problems:
         raise ConfigProblems(Reason.CONFIG_INVALID, problems)
     warnings += [found.message for found in broken]
-    return _settings(config, [*warnings, *tree_warnings(config)])
+    return _settings(config, [*warnings, *privacy_warnings(config)])
 
 
 def _tolerated(found: Problem, config: task_builder_pb2.TaskConfig, flags: task_builder_pb2.ExperimentFlags) -> bool:

@@ -33,7 +33,7 @@ _COMMANDS = {
     "fleet": _Entry("fedcompute.cli.fleet", "fleet", "Run many simulated devices against a server."),
     "metrics": _Entry("fedcompute.cli.metrics", "app", "Plot a task's metrics, or print them as a table."),
     "model": _Entry("fedcompute.cli.model", "app", "Export a round's weights into your model."),
-    "privacy": _Entry("fedcompute.cli.privacy", "app", "Epsilon, noise and what a task has spent."),
+    "privacy": _Entry("fedcompute.cli.privacy", "app", "Epsilon, noise, reports, ledgers, budgets and audits."),
 }
 
 

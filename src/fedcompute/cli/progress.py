@@ -1,7 +1,8 @@
 """Live progress at the prompt: one line that changes, on a terminal; nothing in a file or a pipe."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -42,3 +43,14 @@ class DeviceLine:
             if states.get(state):
                 line.append(f"{state.replace('_', '-')} ", style="dim").append(f"{states[state]}  ", style="cyan")
         self._live.update(line)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is waited for while the block runs, on a terminal; beside the output, so that pipes stay clean."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

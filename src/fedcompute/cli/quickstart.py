@@ -311,11 +311,12 @@ def _conclude(
         f"after; loss {sample.loss:.3f} before, {judged.loss:.3f} after"
     )
     _print_privacy(console, view["ledger"], task)
-    _print_places(console, root, task, tasks, judged, curve)
+    _print_places(console, root, task, tasks, judged, curve, _write_privacy_page(api, tasks, root))
 
 
 def _print_privacy(console: Console, ledger: list[dict[str, Any]], task: SampleTask) -> None:
     from fedcompute.privacy.ledger import read_events
+    from fedcompute.privacy.participation import Assumption, Participation
     from fedcompute.privacy.report import privacy_report, privacy_sentences
 
     if not ledger:
@@ -323,30 +324,44 @@ def _print_privacy(console: Console, ledger: list[dict[str, Any]], task: SampleT
             "[bold]Privacy[/]  built with skip_dp_aggregator: no clipping, no noise, no privacy promise at all"
         )
         return
+    goal = int(ledger[0]["report_goal"])
+    rounds = {int(entry["iteration_id"]): read_events(entry["event"]) for entry in ledger}
     report = privacy_report(
-        [read_events(entry["event"]) for entry in ledger],
+        [rounds.get(iteration, []) for iteration in range(1, max(rounds) + 1)],
+        Assumption(Participation.POISSON, task.devices, goal, task.minimum_separation),
         clip_norm=float(ledger[0]["clip_norm"]),
-        report_goal=int(ledger[0]["report_goal"]),
-        population=task.devices,
         delta=task.dp_delta,
-        minimum_separation=task.minimum_separation,
     )
-    spent = "infinite" if math.isinf(report.epsilon) else f"{report.epsilon:.2f}"
+    # Few devices come often: what needs no assumption on when is the figure to show first.
+    honest = report.unamplified_epsilon if report.separated_epsilon is None else report.separated_epsilon
+    spent = "infinite" if math.isinf(honest) else f"{honest:.2f}"
     console.print(
         f"[bold]Privacy[/]  epsilon [bold]{spent}[/] at delta {report.delta:g}  (fixed Gaussian, noise multiplier "
-        f"{report.noise_multiplier:g}, clip norm {report.clip_norm:g}, {report.rounds} rounds of {report.report_goal})"
+        f"{report.noise_multiplier:g}, clip norm {report.clip_norm:g}, {report.rounds} rounds of {goal})"
     )
     for sentence in privacy_sentences(report):
         console.print(f"         [dim]{sentence}[/]")
 
 
+def _write_privacy_page(api: Any, tasks: tuple[int, int], root: Path) -> Path:
+    from fedcompute.cli.privacy_report import write_page
+    from fedcompute.monitoring.plan_facts import plan_facts
+    from fedcompute.monitoring.task_privacy import task_privacy
+    from fedcompute.privacy.ledger_document import ledger_from
+
+    ledger = ledger_from(api.ledger(POPULATION))
+    found = task_privacy(ledger, tasks[0], facts=plan_facts(api, POPULATION, tasks[0], tasks))
+    return write_page(found, root / "privacy_report.html")
+
+
 def _print_places(
-    console: Console, root: Path, task: SampleTask, tasks: tuple[int, int], judged: Judged, curve: Path
+    console: Console, root: Path, task: SampleTask, tasks: tuple[int, int], judged: Judged, curve: Path, page: Path
 ) -> None:
     blobs = root / "blobs" / "model" / POPULATION / str(tasks[0])
     console.print(
         f"[bold]Files[/]    learning curve      {curve}\n"
         f"         plots by metric     {curve.parent}\n"
+        f"         privacy report      {page}\n"
         f"         trained model       {judged.keras_file}  and  {judged.saved_model}\n"
         f"         checkpoint, round N {blobs}/N/s/0/checkpoint\n"
         f"         metrics, round N    {blobs}/N/s/0/metrics\n"

@@ -1,6 +1,7 @@
 """`fedcompute task init` and `fedcompute task validate`: a configuration to start from, and what is wrong with one."""
 
 import json
+import math
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -12,9 +13,13 @@ from fedcompute.cli import options
 from fedcompute.errors import OperationFailed, Reason
 
 if TYPE_CHECKING:
-    from fedcompute.builder.differential_privacy import DpParameters
+    from fedcompute.builder.dp_types import DpParameters
     from fedcompute.builder.problem import Problem
     from fedcompute.builder.validation import BuildSettings
+    from fedcompute.privacy.bounds import Bounds
+
+# Seconds in which an exact epsilon is worth waiting for.
+_PATIENCE = 1.5
 
 
 class Mode(StrEnum):
@@ -68,10 +73,11 @@ def validate(
 ) -> None:
     """Check a task configuration without building it: every problem with its field, value, rule and remedy.
 
-    The exit code is 1 if there is a problem. Computing epsilon may take a minute.
+    The exit code is 1 if there is a problem. Epsilon is checked by proven bounds and shown exactly where that takes a
+    moment; calibrating noise may take a minute.
     """
     from fedcompute.builder.client import load_config
-    from fedcompute.builder.differential_privacy import check_dp, dp_parameters
+    from fedcompute.builder.differential_privacy import account, check_dp, dp_notes
     from fedcompute.builder.problem import ConfigProblems
     from fedcompute.builder.validation import validate as check
     from fedcompute.protos import task_builder_pb2
@@ -80,7 +86,7 @@ def validate(
     problems: tuple[Problem, ...] = ()
     warnings: list[str] = []
     lines: dict[str, int] = {}
-    settings = dp = None
+    settings = dp = bounds = None
     try:
         loaded = load_config(str(file))
         warnings += loaded.warnings
@@ -88,15 +94,17 @@ def validate(
         settings = check(loaded.config, flags)
         warnings += settings.warnings
         with _status(quiet=as_json):
-            dp = dp_parameters(settings)
+            accounting = account(settings)
             if not skip_dp_check:
-                check_dp(settings, dp)
+                check_dp(accounting)
+            dp, bounds = accounting.known(_PATIENCE)
+            warnings += dp_notes(settings, dp)
     except ConfigProblems as error:
         problems = error.problems
     if as_json:
-        typer.echo(json.dumps(_document(problems, warnings, lines, settings, dp)))
+        typer.echo(json.dumps(_document(problems, warnings, lines, settings, dp, bounds)))
     else:
-        _print(file, problems, warnings, lines, settings, dp)
+        _print(file, problems, warnings, lines, settings, dp, bounds)
     if problems:
         raise typer.Exit(1)
 
@@ -123,6 +131,7 @@ def _document(
     lines: dict[str, int],
     settings: "BuildSettings | None",
     dp: "DpParameters | None",
+    bounds: "Bounds | None",
 ) -> dict[str, Any]:
     from fedcompute.protos import task_builder_pb2
 
@@ -144,16 +153,23 @@ def _document(
     if settings is not None:
         document["mode"] = task_builder_pb2.TaskMode.Enum.Name(settings.mode)
         document["population"] = settings.population
-    if dp is not None:
+    if dp is not None and bounds is not None:
         document["differential_privacy"] = {
             "type": task_builder_pb2.DpAggregator.Enum.Name(dp.type),
             "clip_norm": dp.clip_norm,
             "noise_multiplier": dp.noise_multiplier,
-            "epsilon": dp.epsilon,
+            # The upper one of the bounds where the exact value takes longer; null where there is none.
+            "epsilon": _finite(dp.epsilon),
+            "epsilon_bounds": [_finite(bounds.lower), _finite(bounds.upper)],
+            "participation": dp.participation.name,
             "delta": dp.delta,
             "rounds": dp.rounds,
         }
     return document
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _print(
@@ -163,6 +179,7 @@ def _print(
     lines: dict[str, int],
     settings: "BuildSettings | None",
     dp: "DpParameters | None",
+    bounds: "Bounds | None",
 ) -> None:
     from fedcompute.protos import task_builder_pb2
 
@@ -180,8 +197,12 @@ def _print(
         return
     assert settings is not None, "without a problem the configuration has been read"
     assert dp is not None, "and its privacy computed"
+    assert bounds is not None, "with bounds"
     mode = task_builder_pb2.TaskMode.Enum.Name(settings.mode)
+    epsilon = f"epsilon {dp.epsilon:.4g}"
+    if f"{bounds.lower:.4g}" != f"{bounds.upper:.4g}":
+        epsilon = f"epsilon between {bounds.lower:.4g} and {bounds.upper:.4g}"
     typer.echo(
-        f"{file} is valid: {mode} for population {settings.population}, {dp.rounds} rounds, epsilon {dp.epsilon:.4g} "
+        f"{file} is valid: {mode} for population {settings.population}, {dp.rounds} rounds, {epsilon} "
         f"at delta {dp.delta:.3g} with noise multiplier {dp.noise_multiplier:.6g}"
     )

@@ -23,7 +23,7 @@ def task_table(tasks: Sequence[Mapping[str, Any]]) -> Table:
             str(task["population"]),
             str(task["task_id"]),
             str(task["kind"]).lower(),
-            _status(task["status"]),
+            _status(task["status"], task.get("reason")),
             f"{newest['iteration_id'] if newest else 0} of {task['total_iteration']}",
             str(task["min_aggregation_size"]),
             str(task["traffic_weight"]),
@@ -39,7 +39,7 @@ def task_view(view: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble(
         (f"{task['population']}/{task['task_id']}", "bold"),
         f"  {str(task['kind']).lower()}  ",
-        _status(task["status"]),
+        _status(task["status"], task.get("reason")),
         f"  {done} of {task['total_iteration']} rounds  report goal {task['min_aggregation_size']}"
         f"  at most {task['max_aggregation_size']} assigned",
     )
@@ -51,7 +51,9 @@ def task_view(view: Mapping[str, Any]) -> RenderableType:
     if view["ledger"]:
         parts.append(Text(f"privacy: {len(view['ledger'])} releases; see `fedcompute privacy report`", style="dim"))
     if failure := view.get("failure"):
-        parts.append(Text(f"failed: {failure.get('message', '')}  {failure.get('remedy', '')}", style="red"))
+        # A task whose budget is spent has done what it was allowed to.
+        ended, style = ("ended early", "yellow") if task["status"] == "COMPLETED" else ("failed", "red")
+        parts.append(Text(f"{ended}: {failure.get('message', '')}  {failure.get('remedy', '')}", style=style))
     return Group(*parts)
 
 
@@ -61,6 +63,7 @@ def summary(view: Mapping[str, Any]) -> dict[str, Any]:
     done = [one["iteration_id"] for one in view["iterations"] if one["completed"]]
     return {
         "status": view["task"]["status"],
+        "reason": view["task"].get("reason"),
         "completed_rounds": len(done),
         "total_rounds": view["task"]["total_iteration"],
         "round": newest["iteration_id"] if newest else 0,
@@ -114,8 +117,9 @@ def _table(*names: str, wrap: bool = False) -> Table:
     return table
 
 
-def _status(status: str) -> Text:
-    return Text(status.lower().replace("_", " "), style=_COLOURS.get(status, ""))
+def _status(status: str, reason: str | None = None) -> Text:
+    text = status.lower() if reason is None else f"{status.lower()} ({reason})"
+    return Text(text.replace("_", " "), style=_COLOURS.get(status, ""))
 
 
 def _number(value: float | None) -> str:

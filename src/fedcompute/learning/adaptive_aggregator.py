@@ -15,7 +15,7 @@ from fedcompute.learning.aggregators import (
 )
 from fedcompute.privacy.adaptive import BIT, BIT_STEP, moved_estimate, split_noise
 from fedcompute.privacy.gaussian import FixedGaussian
-from fedcompute.privacy.lattice import Lattice, add_rounded_noise
+from fedcompute.privacy.lattice import Lattice, add_noise
 from fedcompute.privacy.ledger import GaussianEvent
 from fedcompute.privacy.noise import NoiseSource
 from fedcompute.tensors.partial_sum import PartialSum
@@ -27,7 +27,7 @@ _QUANTILE = f"{_QUERY}/numerator_state/quantile_estimator_state"
 _BELOW = f"{_QUANTILE}/below_estimate_state"
 
 
-def _init(process: Process, noise: NoiseSource) -> State:
+def _init(process: Process) -> State:
     settings = process.adaptive_gaussian
     split = split_noise(settings.noise_multiplier, settings.report_goal)
     return {
@@ -67,7 +67,7 @@ def _release(process: Process, state: Tensors, total: PartialSum, noise: NoiseSo
     mean = mechanism.release({name: total.lattice[name] for name in names}, Lattice(total.steps[names[0]]), noise)
     (bits,) = (total.lattice[name] for name in update_leaves(process, BELOW_ESTIMATE))
     deviation = float(state[f"{_BELOW}/numerator_state/stddev"])
-    noised = add_rounded_noise(bits, noise.standard_normal(1), deviation, Lattice(BIT_STEP))
+    noised = add_noise(bits, deviation, Lattice(BIT_STEP), noise)
     estimate = moved_estimate(
         float(state[f"{_QUANTILE}/current_estimate"]),
         float(noised) * BIT_STEP,

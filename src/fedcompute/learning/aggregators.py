@@ -52,13 +52,15 @@ class Aggregator:
 
     `told`: client leaf below `client` -> state leaf, or a function giving a constant; `layout`: update parts in the
     order of the file; `clip_leaf`: the client leaf that holds the L2 bound of deltas; `fixed_denominator`: whether
-    the mean divides by the report goal whatever arrives; `stats`: keys of the metrics it adds, below `server`.
+    the mean divides by the report goal whatever arrives; `stats`: keys of the metrics it adds, below `server`;
+    `restart`: leaves of a noise state that begins anew, for mechanisms whose noise outlives a round.
     """
 
     layout: Layout
     release: Callable[[Process, Tensors, PartialSum, NoiseSource], Aggregated]
     told: tuple[tuple[str, str | Callable[[Process], float]], ...] = ()
-    init: Callable[[Process, NoiseSource], State] = lambda process, noise: {}
+    init: Callable[[Process], State] = lambda process: {}
+    restart: Callable[[Process, Tensors, NoiseSource], State] | None = None
     clip_leaf: str | None = None
     fixed_denominator: bool = False
     stats: tuple[str, ...] = ()
@@ -82,7 +84,7 @@ def _weighted_mean(process: Process, state: Tensors, total: PartialSum, noise: N
         return Aggregated({name: total.real[name] / weight for name in update_leaves(process, DELTA)}, {})
 
 
-def _fixed_gaussian_init(process: Process, noise: NoiseSource) -> State:
+def _fixed_gaussian_init(process: Process) -> State:
     settings = process.fixed_gaussian
     clip_norm = np.float32(settings.clip_norm)
     deviation = np.float32(np.float32(settings.noise_multiplier) * clip_norm)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fedcompute.learning.adaptive_aggregator import ADAPTIVE_GAUSSIAN
 from fedcompute.learning.aggregators import FIXED_GAUSSIAN, UNIFORM_MEAN, WEIGHTED_MEAN, Aggregator, Process
+from fedcompute.learning.banded_aggregator import BANDED_MF
 from fedcompute.learning.tree_aggregators import ADAPTIVE_TREE, TREE_AGGREGATION
 
 AGGREGATORS: Mapping[str, Aggregator] = {
@@ -13,6 +14,7 @@ AGGREGATORS: Mapping[str, Aggregator] = {
     "adaptive_gaussian": ADAPTIVE_GAUSSIAN,
     "tree_aggregation": TREE_AGGREGATION,
     "adaptive_tree": ADAPTIVE_TREE,
+    "banded_mf": BANDED_MF,
 }
 
 

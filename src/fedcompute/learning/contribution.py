@@ -11,6 +11,7 @@ from fedcompute.learning.aggregators import (
     BELOW_ESTIMATE,
     COUNT,
     DELTA,
+    METRIC,
     WEIGHT,
     ZEROED,
     Process,
@@ -41,6 +42,13 @@ class Contribution:
     real: Mapping[str, NDArray[np.float64]]
 
 
+def noised_metric_leaves(process: Process) -> list[str]:
+    """The update leaves beside deltas and bits that are bounded and noised; empty unless the process says so."""
+    if not process.HasField("metric_noise"):
+        return []
+    return [leaf.spec.name for leaf in process.updates if leaf.role in (METRIC, ZEROED)]
+
+
 def clip_norm_leaf(process: Process) -> str | None:
     """The client checkpoint's leaf with the L2 bound of this process's deltas; None if they are not bounded."""
     return aggregator_of(process).clip_leaf if update_leaves(process, DELTA) else None
@@ -68,27 +76,31 @@ def read_contribution(process: Process, update: Tensors, clip_norm: float | None
     is not zero, and an L2 norm over the clip norm by more than `NORM_TOLERANCE` relative.
 
     Formal guarantees: with a clip norm, the deltas that are returned lie on its lattice with an L2 norm of at most the
-    clip norm, and the bit is one of two values, whatever the device sent. Metric leaves and the zeroing flag are not
-    noised: they leave the server as plain sums (spec/artifacts.md 9, consequence 3, and 10.1).
+    clip norm, and the bit is one of two values, whatever the device sent. With metric noise, metric leaves and the
+    zeroing flag lie on the lattice of its clip norm with an L2 norm of at most that, over all of them together; else
+    they are not noised and leave the server as plain sums (spec/artifacts.md 9, consequence 3, and 10.1).
     """
     _check_layout(process, update)
     _check_scalars(process, update)
     deltas = {name: update[name] for name in update_leaves(process, DELTA)}
     bits = set(update_leaves(process, BELOW_ESTIMATE))
+    metrics = {name: update[name] for name in noised_metric_leaves(process)}
+    bound = float(process.metric_noise.clip_norm)
+    lattice = to_lattice(clip_by_global_norm(metrics, bound), lattice_for(bound)) if metrics else {}
     real = {
         leaf.spec.name: update[leaf.spec.name].astype(np.float64)
         for leaf in process.updates
-        if leaf.spec.name not in deltas and leaf.spec.name not in bits
+        if leaf.spec.name not in deltas and leaf.spec.name not in bits and leaf.spec.name not in metrics
     }
     if clip_norm is None:
-        return Contribution({}, {**real, **{name: value.astype(np.float64) for name, value in deltas.items()}})
+        return Contribution(lattice, {**real, **{name: value.astype(np.float64) for name, value in deltas.items()}})
     norm = global_norm(deltas)
     if not norm <= clip_norm * (1 + NORM_TOLERANCE):
         raise UploadRejected(Reason.NORM_TOO_LARGE, f"update norm {norm:.6g} exceeds clip norm {clip_norm:.6g}")
     flags = [name for name in update_leaves(process, ZEROED) if update[name]]
     if flags and norm > 0:
         raise UploadRejected(Reason.WRONG_COUNT, f"{flags[0]} is 1, but the update norm is {norm:.6g}")
-    lattice = to_lattice(clip_by_global_norm(deltas, clip_norm), lattice_for(clip_norm))
+    lattice |= to_lattice(clip_by_global_norm(deltas, clip_norm), lattice_for(clip_norm))
     lattice |= to_lattice({name: update[name].astype(np.float64) for name in bits}, Lattice(BIT_STEP))
     return Contribution(lattice, real)
 
@@ -96,8 +108,10 @@ def read_contribution(process: Process, update: Tensors, clip_norm: float | None
 def empty_sum(process: Process, plan_digest: bytes, clip_norm: float | None) -> PartialSum:
     """The sum of no contribution, with every leaf in place and writable; `clip_norm` as in `read_contribution`."""
     steps: dict[str, float] = {}
+    if metrics := noised_metric_leaves(process):
+        steps = dict.fromkeys(metrics, lattice_for(process.metric_noise.clip_norm).step)
     if clip_norm is not None:
-        steps = dict.fromkeys(update_leaves(process, DELTA), lattice_for(clip_norm).step)
+        steps |= dict.fromkeys(update_leaves(process, DELTA), lattice_for(clip_norm).step)
         steps |= dict.fromkeys(update_leaves(process, BELOW_ESTIMATE), BIT_STEP)
     shapes = {leaf.spec.name: spec_from_proto(leaf.spec).shape for leaf in process.updates}
     return PartialSum(

@@ -1,6 +1,7 @@
 """Reading a plan's server half."""
 
 import hashlib
+import math
 
 from google.protobuf.message import DecodeError
 
@@ -9,6 +10,7 @@ from fedcompute.learning.catalogue import AGGREGATORS
 from fedcompute.learning.metrics import LOSS, METRICS
 from fedcompute.learning.optimizers import OPTIMIZERS
 from fedcompute.learning.specification import VERSION
+from fedcompute.privacy.banded import are_usable
 from fedcompute.protos import learning_pb2, plan_pb2
 
 PLAN_BYTES_LIMIT = 512 << 20
@@ -45,9 +47,25 @@ def read_plan(data: bytes) -> plan_pb2.Plan:
                 Reason.PLAN_UNSUPPORTED,
                 f"metric {metric.name!r} with {len(metric.update_names)} state leaves is unknown",
             )
+    _check_bounds(process)
     if process.kind not in (learning_pb2.LearningProcess.TRAINING, learning_pb2.LearningProcess.EVALUATION):
         raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"unknown kind of learning process: {process.kind}")
     return plan
+
+
+def _check_bounds(process: learning_pb2.LearningProcess) -> None:
+    """Refuses matrices and bounds with which a round could not be computed."""
+    if process.HasField("banded_mf") and not are_usable(process.banded_mf.coefficients):
+        bands = len(process.banded_mf.coefficients)
+        raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"no usable matrix of {bands} bands")
+    bound = process.metric_noise
+    if process.HasField("metric_noise") and not (
+        0 < bound.clip_norm < math.inf and 0 <= bound.noise_multiplier < 2**19
+    ):
+        raise ArtifactInvalid(
+            Reason.PLAN_UNSUPPORTED,
+            f"metric noise with clip norm {bound.clip_norm:g} and noise multiplier {bound.noise_multiplier:g}",
+        )
 
 
 def plan_digest(data: bytes) -> bytes:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.learning.aggregators import DELTA, update_leaves
 from fedcompute.learning.catalogue import aggregator_of
+from fedcompute.learning.contribution import noised_metric_leaves
 from fedcompute.learning.metrics import definition
 from fedcompute.learning.optimizers import OPTIMIZERS
 from fedcompute.learning.specification import (
@@ -20,6 +21,8 @@ from fedcompute.learning.specification import (
     metric_leaf,
     state_specs,
 )
+from fedcompute.privacy.gaussian import FixedGaussian
+from fedcompute.privacy.lattice import Lattice
 from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.noise import NoiseSource
 from fedcompute.protos import learning_pb2
@@ -34,13 +37,14 @@ _COUNTS = (NON_FINITE_STAT, "server/aggregator/zeroed_count")
 class RoundResult:
     """A round's outcome.
 
-    `state`: the new server state; `metrics`: key of the metrics file -> value, NaN where undefined; `events`: what was
-    released about devices under DP, empty without.
+    `state`: the new server state; `metrics`: key of the metrics file -> value, NaN where undefined; `events`: what the
+    model released about devices under DP, empty without; `metric_events`: the same of the metrics.
     """
 
     state: Mapping[str, NDArray[np.generic]]
     metrics: Mapping[str, float]
     events: tuple[Event, ...]
+    metric_events: tuple[Event, ...] = ()
 
     def checkpoint(self) -> dict[str, NDArray[np.generic]]:
         """Leaves of the server checkpoint: state and metrics."""
@@ -68,19 +72,6 @@ def read_state(process: Process, checkpoint: Tensors) -> dict[str, NDArray[np.ge
     return state
 
 
-def exported(checkpoint: Tensors) -> dict[str, NDArray[np.generic]]:
-    """A server checkpoint for people: without the noise of trees, whose leaves become zeros or are left out.
-
-    Formal guarantees: what is returned does not depend on noise that future or past releases hide behind, other than
-    through released models and metrics (spec/artifacts.md 9, consequence 5).
-    """
-    return {
-        name: np.zeros_like(value) if _is_tree_noise(name) else value
-        for name, value in checkpoint.items()
-        if not name.startswith(OWN)
-    }
-
-
 def client_checkpoint(process: Process, state: Tensors) -> dict[str, NDArray[np.generic]]:
     """What devices receive: the broadcast leaves under their client names."""
     return {
@@ -98,11 +89,13 @@ def round_update(process: Process, state: Tensors, total: PartialSum, noise: Noi
     `update_non_finite` to 1; the metrics are those of the round all the same.
 
     Formal guarantees: with a DP aggregator, everything that depends on `total`'s deltas passes through one call of its
-    mechanism; `events` describe that call. Call once per sum: a second call draws new noise and is a second release.
+    mechanism; `events` describe that call. With metric noise the same holds for metrics and `metric_events`. Call once
+    per sum: a second call draws new noise and is a second release.
     """
+    total, metric_events = _with_metric_noise(process, total, noise)
     metrics = {metric.stat_name: _finalize(metric, total) for metric in process.metrics}
     if process.kind == Process.EVALUATION:
-        return RoundResult(dict(state), metrics, ())
+        return RoundResult(dict(state), metrics, (), metric_events)
     aggregated = aggregator_of(process).release(process, subtree(state, "server"), total, noise)
     gradient = [aggregated.mean[name] for name in update_leaves(process, DELTA)]
     finite = all(np.isfinite(leaf).all() for leaf in gradient)
@@ -116,7 +109,7 @@ def round_update(process: Process, state: Tensors, total: PartialSum, noise: Noi
         new.update({f"server/{name}": value for name, value in aggregated.state.items()})
     metrics.update({f"server/{name}": value for name, value in aggregated.metrics.items()})
     metrics[NON_FINITE_STAT] = 0.0 if finite else 1.0
-    return RoundResult(new, metrics, aggregated.events)
+    return RoundResult(new, metrics, aggregated.events, metric_events)
 
 
 def metrics_of_checkpoint(process: Process, checkpoint: Tensors) -> dict[str, float]:
@@ -134,8 +127,26 @@ def metrics_json(metrics: Mapping[str, float]) -> bytes:
     return json.dumps(values).encode()
 
 
-def _is_tree_noise(name: str) -> bool:
-    return "/previous_tree_noise" in name or name.endswith("/level_buffer") or "/level_buffer/" in name
+def read_metrics(data: bytes) -> dict[str, float]:
+    """Reads `metrics_json`, null as NaN. Raises ArtifactInvalid (METRICS_MALFORMED) for anything else."""
+    try:
+        return {str(name): math.nan if value is None else float(value) for name, value in json.loads(data).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as cause:
+        raise ArtifactInvalid(Reason.METRICS_MALFORMED, f"{len(data)} bytes are no metrics file") from cause
+
+
+def _with_metric_noise(process: Process, total: PartialSum, noise: NoiseSource) -> tuple[PartialSum, tuple[Event, ...]]:
+    """The sum with metric leaves noised and in model units, where the process wants that; else as it is."""
+    names = noised_metric_leaves(process)
+    if not names:
+        return total, ()
+    clip_norm = float(process.metric_noise.clip_norm)
+    # Over a goal of one, the mean is the sum.
+    mechanism = FixedGaussian(clip_norm, process.metric_noise.noise_multiplier * clip_norm, report_goal=1.0)
+    sums = {name: total.lattice[name] for name in names}
+    noised = mechanism.release(sums, Lattice(total.steps[names[0]]), noise)
+    rest = {name: value for name, value in total.lattice.items() if name not in noised}
+    return replace(total, lattice=rest, real={**total.real, **noised}), (mechanism.event,)
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -12,7 +12,6 @@ from fedcompute.learning.aggregators import COUNT, DELTA, METRIC, ZEROED, Role
 from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.learning.metrics import LOSS, definition
 from fedcompute.learning.optimizers import OPTIMIZERS
-from fedcompute.privacy.noise import NoiseSource, SilentNoise
 from fedcompute.protos import learning_pb2, tensorflow_pb2
 from fedcompute.tensors.tree import LeafSpec, Tensors, spec_from_proto, spec_to_proto
 
@@ -25,6 +24,7 @@ AggregatorSettings = (
     | learning_pb2.AdaptiveGaussian
     | learning_pb2.TreeAggregation
     | learning_pb2.AdaptiveTree
+    | learning_pb2.BandedMatrixFactorization
 )
 
 VERSION = 1
@@ -48,12 +48,21 @@ def training_process(
     server_optimizer: ServerOptimizerSettings,
     aggregator: AggregatorSettings,
     metrics: Sequence[str],
+    privacy_claim: learning_pb2.PrivacyClaim | None = None,
+    metric_noise: learning_pb2.MetricNoise | None = None,
 ) -> Process:
     """The process of a training task; `trainable` and `non_trainable` give shapes and dtypes in model order.
 
     `metrics`: accepted names without `loss`, which is always added last. KeyError for a name without definition.
+    `privacy_claim`: what the task promises, None without a DP aggregator. `metric_noise`: None where metrics are exact.
     """
-    process = Process(version=VERSION, kind=Process.TRAINING, algorithm=algorithm)
+    process = Process(
+        version=VERSION,
+        kind=Process.TRAINING,
+        algorithm=algorithm,
+        privacy_claim=privacy_claim,
+        metric_noise=metric_noise,
+    )
     process.trainable.extend(_named(TRAINABLE, trainable))
     process.non_trainable.extend(_named(NON_TRAINABLE, non_trainable))
     if isinstance(server_optimizer, learning_pb2.Adam):
@@ -107,18 +116,17 @@ def initial_state(
     process: Process,
     trainable: Sequence[NDArray[np.generic]],
     non_trainable: Sequence[NDArray[np.generic]],
-    noise: NoiseSource,
 ) -> dict[str, NDArray[np.generic]]:
     """The server state before round 1, leaf name -> array, with the model's initial weights.
 
-    `noise`: where a tree of noise begins with its first draws.
+    Without noise: that of mechanisms whose noise outlives a round begins on the server, see `noise_state`.
     """
     optimizer = OPTIMIZERS[str(process.WhichOneof("server_optimizer"))]
     weights = [np.asarray(weight, np.float32) for weight in trainable]
     return {
         **{leaf.name: np.asarray(value) for leaf, value in zip(process.trainable, trainable, strict=True)},
         **{leaf.name: np.asarray(value) for leaf, value in zip(process.non_trainable, non_trainable, strict=True)},
-        **_prefixed("server", aggregator_of(process).init(process, noise)),
+        **_prefixed("server", aggregator_of(process).init(process)),
         **_prefixed(FINALIZER, optimizer.init(process, weights)),
     }
 
@@ -129,7 +137,6 @@ def state_specs(process: Process) -> list[LeafSpec]:
         process,
         [_zeros(spec_from_proto(leaf)) for leaf in process.trainable],
         [_zeros(spec_from_proto(leaf)) for leaf in process.non_trainable],
-        SilentNoise(),
     )
     return [
         LeafSpec(name, (-1, *value.shape[1:]) if _GROWING in name else value.shape, value.dtype)

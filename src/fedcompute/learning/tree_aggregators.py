@@ -2,7 +2,7 @@
 
 Leaves of the reference's state hold the noise as float32. The exact nodes, and what was added so far, lie in leaves of
 our own below `server/fedcompute`; a state without them is read by rounding. The generator's seed leaves exist for the
-reference's readers and hold zeros: noise comes from the noise source.
+reference's readers and hold zeros: noise comes from the noise source. A state without any noise cannot take part.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.learning.aggregators import (
     BELOW_ESTIMATE,
     DELTA,
@@ -25,7 +26,7 @@ from fedcompute.learning.aggregators import (
 from fedcompute.privacy.adaptive import BIT, BIT_STEP, moved_estimate, split_noise
 from fedcompute.privacy.lattice import lattice_for
 from fedcompute.privacy.ledger import TreeEvent
-from fedcompute.privacy.noise import NoiseSource
+from fedcompute.privacy.noise import NoiseSource, SilentNoise
 from fedcompute.privacy.tree import NoiseTree, fresh_tree, grown, prefix_noise
 from fedcompute.tensors.partial_sum import PartialSum
 from fedcompute.tensors.tree import Tensors, spec_from_proto
@@ -67,14 +68,15 @@ class _Tree:
     standard_deviation: float
 
 
-def _fresh(shapes: list[tuple[int, ...]], clip_norm: float, standard_deviation: float, noise: NoiseSource) -> _Tree:
+def _fresh(
+    shapes: list[tuple[int, ...]], clip_norm: float, standard_deviation: float, step: float, noise: NoiseSource
+) -> _Tree:
     added = tuple(np.zeros(shape, np.int64) for shape in shapes)
-    return _Tree(fresh_tree(shapes, standard_deviation, noise), added, clip_norm, standard_deviation)
+    return _Tree(fresh_tree(shapes, standard_deviation / step, noise), added, clip_norm, standard_deviation)
 
 
 def _leaves(place: _Place, tree: _Tree, step: float) -> State:
     """All state leaves of a tree."""
-    nodes = tree.tree.nodes
     leaves: State = {
         f"{place.path}/tree_state/level_buffer_idx": np.array(tree.tree.levels, np.int32),
         f"{place.path}/tree_state/value_generator_state/seeds": np.zeros(2, np.int64),
@@ -82,31 +84,41 @@ def _leaves(place: _Place, tree: _Tree, step: float) -> State:
         f"{place.path}/clip_value": np.array(tree.clip_norm, np.float32),
     }
     for index, added in enumerate(tree.added):
-        buffer = np.stack([node[index] for node in nodes])
-        leaves[place.indexed(f"{place.path}/tree_state/level_buffer", index)] = buffer.astype(np.float32)
+        buffer = np.stack([node[index] for node in tree.tree.nodes])
+        values = buffer * _per_level(buffer, [step * 0.5**level for level in tree.tree.levels])
+        leaves[place.indexed(f"{place.path}/tree_state/level_buffer", index)] = values.astype(np.float32)
         leaves[place.indexed(f"{place.path}/previous_tree_noise", index)] = np.asarray(added * step, np.float32)
-        leaves[place.indexed(f"{place.exact}/level_buffer", index)] = buffer
+        leaves[place.indexed(f"{place.exact}/scaled_nodes", index)] = buffer
         leaves[place.indexed(f"{place.exact}/added", index)] = added
     return leaves
 
 
 def _read(place: _Place, state: Tensors, count: int, step: float) -> _Tree:
     levels = tuple(int(level) for level in state[f"{place.path}/tree_state/level_buffer_idx"])
-    buffers, added = [], []
+    buffers, added, without_own = [], [], False
     for index in range(count):
-        exact = state.get(place.indexed(f"{place.exact}/level_buffer", index))
-        rounded = state[place.indexed(f"{place.path}/tree_state/level_buffer", index)]
-        buffers.append((rounded if exact is None else exact).astype(np.float64))
+        exact = state.get(place.indexed(f"{place.exact}/scaled_nodes", index))
+        if exact is None:
+            without_own = True
+            values = state[place.indexed(f"{place.path}/tree_state/level_buffer", index)].astype(np.float64)
+            exact = _lattice_steps(values / _per_level(values, [step * 0.5**level for level in levels]))
+        buffers.append(exact)
         exact = state.get(place.indexed(f"{place.exact}/added", index))
         previous = state[place.indexed(f"{place.path}/previous_tree_noise", index)]
-        added.append(np.rint(previous.astype(np.float64) / step).astype(np.int64) if exact is None else exact)
+        added.append(_lattice_steps(previous.astype(np.float64) / step) if exact is None else exact)
     nodes = tuple(tuple(buffer[level] for buffer in buffers) for level in range(len(levels)))
-    return _Tree(
-        NoiseTree(nodes, levels),
-        tuple(added),
-        float(state[f"{place.path}/clip_value"]),
-        float(state[f"{place.path}/tree_state/value_generator_state/stddev"]),
-    )
+    standard_deviation = float(state[f"{place.path}/tree_state/value_generator_state/stddev"])
+    if without_own and standard_deviation > 0 and not any(buffer.any() for buffer in buffers):
+        raise ArtifactInvalid(Reason.STATE_MISMATCH, f"the state below {place.path!r} was stripped of its noise")
+    return _Tree(NoiseTree(nodes, levels), tuple(added), float(state[f"{place.path}/clip_value"]), standard_deviation)
+
+
+def _per_level(buffer: NDArray[np.generic], factors: list[float]) -> NDArray[np.float64]:
+    return np.array(factors).reshape(-1, *[1] * (buffer.ndim - 1))
+
+
+def _lattice_steps(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.rint(values).astype(np.int64)
 
 
 def _noised(
@@ -114,13 +126,13 @@ def _noised(
 ) -> tuple[list[NDArray[np.int64]], _Tree]:
     """The round's sums plus the noise that the tree's prefix gained, and the tree for the next round.
 
-    Formal guarantees: the prefix sums of what is returned equal round(prefix sum + prefix noise) on the lattice, which
-    is post-processing of the tree's noised nodes (see `privacy.tree.prefix_noise`).
+    Formal guarantees: the prefix sums of what is returned equal the prefix sum plus the prefix noise, which is
+    post-processing of the tree's noised nodes (see `privacy.tree.prefix_noise`).
     """
-    prefix = [np.rint(leaf / step).astype(np.int64) for leaf in prefix_noise(tree.tree)]
+    prefix = prefix_noise(tree.tree)
     noised = [total + now - before for total, now, before in zip(sums, prefix, tree.added, strict=True)]
-    following = grown(tree.tree, tree.standard_deviation, noise)
-    return noised, _Tree(following, tuple(prefix), tree.clip_norm, tree.standard_deviation)
+    following = grown(tree.tree, tree.standard_deviation / step, noise)
+    return noised, _Tree(following, prefix, tree.clip_norm, tree.standard_deviation)
 
 
 def _shapes(process: Process) -> list[tuple[int, ...]]:
@@ -129,7 +141,7 @@ def _shapes(process: Process) -> list[tuple[int, ...]]:
 
 def _zeroing(process: Process, norm: float, total: PartialSum) -> dict[str, float]:
     (zeroed,) = (total.real[name] for name in update_leaves(process, ZEROED))
-    return dict(zip(_ZEROING, (float(np.float32(norm)), float(zeroed)), strict=True))
+    return dict(zip(_ZEROING, (float(np.float32(norm)), float(np.rint(zeroed))), strict=True))
 
 
 def _mean(
@@ -139,16 +151,38 @@ def _mean(
     return {name: leaf * np.float64(step / report_goal) for name, leaf in zip(names, noised, strict=True)}
 
 
-def _tree_init(process: Process, noise: NoiseSource) -> State:
+def _tree_init(process: Process) -> State:
     settings = process.tree_aggregation
     clip_norm = float(np.float32(settings.clip_norm))
-    tree = _fresh(_shapes(process), clip_norm, float(np.float32(settings.noise_multiplier * clip_norm)), noise)
+    deviation = float(np.float32(settings.noise_multiplier * clip_norm))
     return {
-        **_leaves(_SUM_TREE, tree, lattice_for(clip_norm).step),
+        **_spec_leaves(_fresh_leaves(_SUM_TREE, _shapes(process), clip_norm, deviation, SilentNoise())),
         f"{_QUERY}/denominator": np.array(settings.report_goal, np.float32),
         **event_leaves(f"{_INNER}/dp_event", None),
         f"{_INNER}/is_init_state": np.array(True),
     }
+
+
+def _tree_restart(process: Process, state: Tensors, noise: NoiseSource) -> State:
+    return _restarted(_SUM_TREE, _shapes(process), state, noise)
+
+
+def _restarted(place: _Place, shapes: list[tuple[int, ...]], state: Tensors, noise: NoiseSource) -> State:
+    """Leaves of a fresh tree with the clip norm and deviation that the state names."""
+    clip_norm = float(state[f"{place.path}/clip_value"])
+    deviation = float(state[f"{place.path}/tree_state/value_generator_state/stddev"])
+    return _fresh_leaves(place, shapes, clip_norm, deviation, noise)
+
+
+def _fresh_leaves(
+    place: _Place, shapes: list[tuple[int, ...]], clip_norm: float, standard_deviation: float, noise: NoiseSource
+) -> State:
+    step = BIT_STEP if place is _BIT_TREE else lattice_for(clip_norm).step
+    return _leaves(place, _fresh(shapes, clip_norm, standard_deviation, step, noise), step)
+
+
+def _spec_leaves(leaves: State) -> State:
+    return {name: value for name, value in leaves.items() if not name.startswith("fedcompute/")}
 
 
 def _tree_release(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> Aggregated:
@@ -165,14 +199,14 @@ def _tree_release(process: Process, state: Tensors, total: PartialSum, noise: No
     )
 
 
-def _adaptive_init(process: Process, noise: NoiseSource) -> State:
+def _adaptive_init(process: Process) -> State:
     settings = process.adaptive_tree
     split = split_noise(settings.noise_multiplier, settings.report_goal)
     clip_norm = float(np.float32(settings.initial_clip_norm))
     event = f"{_INNER}/dp_event"
     return {
         f"{_ADAPTIVE}/noise_multiplier": np.array(split.value_multiplier, np.float32),
-        **_trees(_shapes(process), clip_norm, split.value_multiplier, settings.report_goal, noise),
+        **_spec_leaves(_trees(process, clip_norm, split.value_multiplier, settings.report_goal, SilentNoise())),
         f"{_QUANTILE}/current_estimate": np.array(clip_norm, np.float32),
         f"{_QUANTILE}/target_quantile": np.array(settings.target_quantile, np.float32),
         f"{_QUANTILE}/learning_rate": np.array(settings.learning_rate, np.float32),
@@ -187,15 +221,19 @@ def _adaptive_init(process: Process, noise: NoiseSource) -> State:
     }
 
 
-def _trees(
-    shapes: list[tuple[int, ...]], clip_norm: float, multiplier: float, report_goal: float, noise: NoiseSource
-) -> State:
+def _trees(process: Process, clip_norm: float, multiplier: float, report_goal: float, noise: NoiseSource) -> State:
     """Leaves of a fresh pair of trees. The bits keep their deviation also where the values have none."""
-    values = _fresh(shapes, clip_norm, float(np.float32(multiplier * clip_norm)), noise)
-    bits = _fresh([()], BIT, float(np.float32(0.05 * report_goal)), noise)
+    deviation = float(np.float32(multiplier * clip_norm))
     return {
-        **_leaves(_ADAPTIVE_SUM_TREE, values, lattice_for(clip_norm).step),
-        **_leaves(_BIT_TREE, bits, BIT_STEP),
+        **_fresh_leaves(_ADAPTIVE_SUM_TREE, _shapes(process), clip_norm, deviation, noise),
+        **_fresh_leaves(_BIT_TREE, [()], BIT, float(np.float32(0.05 * report_goal)), noise),
+    }
+
+
+def _adaptive_restart(process: Process, state: Tensors, noise: NoiseSource) -> State:
+    return {
+        **_restarted(_ADAPTIVE_SUM_TREE, _shapes(process), state, noise),
+        **_restarted(_BIT_TREE, [()], state, noise),
     }
 
 
@@ -226,7 +264,7 @@ def _adaptive_release(process: Process, state: Tensors, total: PartialSum, noise
     if counter % settings.restart_period == settings.restart_offset:
         clip_norm = float(np.float32(max(estimate, 0.0)))
         multiplier = float(state[f"{_ADAPTIVE}/noise_multiplier"])
-        new |= _trees(_shapes(process), clip_norm, multiplier, report_goal, noise)
+        new |= _trees(process, clip_norm, multiplier, report_goal, noise)
     else:
         new |= _leaves(_ADAPTIVE_SUM_TREE, next_values, step) | _leaves(_BIT_TREE, next_bits, BIT_STEP)
     return Aggregated(
@@ -248,6 +286,7 @@ TREE_AGGREGATION = Aggregator(
     release=_tree_release,
     told=(("1", lambda process: process.tree_aggregation.zeroing_norm), ("2", f"{_FIXED}/clip_value")),
     init=_tree_init,
+    restart=_tree_restart,
     clip_leaf="client/2",
     fixed_denominator=True,
     stats=_ZEROING,
@@ -267,6 +306,7 @@ ADAPTIVE_TREE = Aggregator(
         ("2/quantile_estimator_params/below_estimate_params", f"{_BELOW}/numerator_state/clip_value"),
     ),
     init=_adaptive_init,
+    restart=_adaptive_restart,
     clip_leaf="client/2/sum_params",
     fixed_denominator=True,
     stats=(*_CLIPS, *_ZEROING),

@@ -10,6 +10,7 @@ from fedcompute.protos import task_pb2
 
 _DOCUMENT_LIMIT = 256 << 20
 _ARTIFACT_LIMIT = 1 << 30
+_ENTRIES_LIMIT = 1_000_000
 _TIMEOUT = 30.0
 _ACTIVE = (task_pb2.TaskStatus.CREATED, task_pb2.TaskStatus.OPEN, task_pb2.TaskStatus.PAUSED)
 
@@ -64,6 +65,34 @@ class OperatorApi:
         """The server plan, serialized."""
         return self._ask("GET", f"{_task_path(population, task_id)}/plan", {}, _ARTIFACT_LIMIT)[0]
 
+    def ledger(self, population: str) -> dict[str, Any]:
+        """The whole ledger of a population as one document: `version`, `population`, `entries`, `budget`, `tasks`."""
+        path = f"{_population_path(population)}/ledger"
+        document = self._document(path, {})
+        entries = self._listed(document, "entries")
+        page = document
+        while (after := page.pop("next", None)) is not None:
+            page = self._document(path, {"after": str(after)})
+            more = self._listed(page, "entries")
+            if not more or len(entries) > _ENTRIES_LIMIT:
+                raise self._invalid("its pages do not end")
+            entries += more
+        return {**page, "entries": entries}
+
+    def budget(self, population: str) -> dict[str, Any] | None:
+        """The population's budget: `epsilon`, `delta`, `assumption`; None if nothing limits it."""
+        return self._budget(self._document(f"{_population_path(population)}/budget", {}))
+
+    def set_budget(self, population: str, epsilon: float, delta: float, assumption: str) -> dict[str, Any] | None:
+        """Gives the population a budget, from its next release on, and returns it."""
+        body = {"epsilon": epsilon, "delta": delta, "assumption": assumption}
+        path = f"{_population_path(population)}/budget"
+        return self._budget(self._parsed(self._ask("PUT", path, {}, _DOCUMENT_LIMIT, body)[0]))
+
+    def remove_budget(self, population: str) -> None:
+        """Takes the population's budget away; NOT_FOUND if it has none."""
+        self._ask("DELETE", f"{_population_path(population)}/budget", {}, _DOCUMENT_LIMIT)
+
     def cancel(self, population: str, task_id: int) -> str:
         """Cancels a task and returns its status; a task that was over already keeps the status it had."""
         from google.protobuf.message import DecodeError
@@ -79,7 +108,15 @@ class OperatorApi:
         return task_pb2.TaskStatus.Enum.Name(status)
 
     def _document(self, path: str, query: dict[str, str]) -> dict[str, Any]:
-        data, _ = self._ask("GET", path, query, _DOCUMENT_LIMIT)
+        return self._parsed(self._ask("GET", path, query, _DOCUMENT_LIMIT)[0])
+
+    def _budget(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        found = document.get("budget")
+        if not isinstance(found, (dict, type(None))):
+            raise self._invalid("it holds no budget")
+        return found
+
+    def _parsed(self, data: bytes) -> dict[str, Any]:
         try:
             document = json.loads(data)
         except (ValueError, RecursionError):
@@ -94,14 +131,16 @@ class OperatorApi:
             raise self._invalid(f"it holds no list of {name}")
         return found
 
-    def _ask(self, method: str, path: str, query: dict[str, str], limit: int) -> tuple[bytes, Any]:
+    def _ask(
+        self, method: str, path: str, query: dict[str, str], limit: int, document: dict[str, Any] | None = None
+    ) -> tuple[bytes, Any]:
         import httpx
 
         body = bytearray()
         try:
             with (
                 httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client,
-                client.stream(method, self.url + path, params=query) as answer,
+                client.stream(method, self.url + path, params=query, json=document) as answer,
             ):
                 for chunk in answer.iter_bytes():
                     body += chunk
@@ -126,6 +165,10 @@ class OperatorApi:
 
     def _invalid(self, what: str) -> OperationFailed:
         return OperationFailed(Reason.SERVER_ANSWER_INVALID, f"the answer of {self.url} cannot be used: {what}")
+
+
+def _population_path(population: str) -> str:
+    return f"/api/v1/populations/{quote(population, safe='')}"
 
 
 def _task_path(population: str, task_id: int) -> str:

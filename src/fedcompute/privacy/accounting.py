@@ -8,7 +8,7 @@ from typing import Any
 _SMALLEST_NOISE = 1e-3
 # The library's default interval of privacy loss, and the noise below which it is widened: losses grow with 1 / noise^2,
 # and so would time and memory (3 GB at 0.05).
-_LOSS_INTERVAL = 1e-4
+LOSS_INTERVAL = 1e-4
 _FINE_NOISE = 0.1
 
 
@@ -28,9 +28,7 @@ def poisson_epsilon(noise_multiplier: float, rounds: int, sampling_probability: 
     import dp_accounting
     from dp_accounting import pld
 
-    # Losses are rounded up to the interval, so that a wider one only makes the bound looser.
-    interval = _LOSS_INTERVAL * max(1.0, (_FINE_NOISE / noise_multiplier) ** 2)
-    accountant = pld.PLDAccountant(value_discretization_interval=interval)
+    accountant = pld.PLDAccountant(value_discretization_interval=loss_interval(noise_multiplier))
     accountant.compose(_poisson_event(dp_accounting, noise_multiplier, rounds, sampling_probability))
     return float(accountant.get_epsilon(delta))
 
@@ -62,8 +60,9 @@ def tree_epsilon(noise_multiplier: float, step_counts: tuple[int, ...], delta: f
     RDP accountant with the replace-special relation, as the reference (spec/task-builder.md 3.3). Infinite without
     noise.
 
-    Formal guarantees: an upper bound if a device takes part at most once in each tree. Source: arXiv 2103.00039,
-    theorem D.2.
+    Formal guarantees: an upper bound if a device takes part at most once in all trees together: the deepest tree
+    decides. `sensitivity.squared_tree_sensitivity` is for devices that come again. Source: arXiv 2103.00039, theorem
+    D.2.
     """
     if not any(step_counts):
         return 0.0
@@ -98,6 +97,65 @@ def calibrate_tree_noise(target_epsilon: float, rounds: int, delta: float) -> fl
 
 
 @lru_cache(maxsize=256)
+def fixed_size_epsilon(noise_multiplier: float, rounds: int, sample_size: int, population: int, delta: float) -> float:
+    """Epsilon at `delta` of `rounds` Gaussian releases, each over exactly `sample_size` of `population` devices.
+
+    RDP accountant, replace-one relation (spec/task-builder.md 3.3). Infinite without noise.
+
+    Formal guarantees: adjacency replace-one device, both populations of the same known size; every round's sample is
+    fresh and uniform, without replacement. `noise_multiplier` is relative to the clip norm, but one device that is
+    replaced moves a sum of clipped contributions by up to twice the clip norm, and the library's multiplier is
+    relative to the sensitivity under its own relation: it gets half of ours. An upper bound (arXiv 1808.00087,
+    theorem 27).
+    """
+    if rounds == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(neighboring_relation=_replace_one())
+    accountant.compose(fixed_size_event(noise_multiplier, rounds, sample_size, population))
+    return float(accountant.get_epsilon(delta))
+
+
+def fixed_size_event(noise_multiplier: float, rounds: int, sample_size: int, population: int) -> Any:
+    """The library's event for `fixed_size_epsilon`, to be composed under replace-one.
+
+    Formal guarantees: see `fixed_size_epsilon`; the halved multiplier is in the event.
+    """
+    import dp_accounting
+
+    if noise_multiplier == 0:
+        return dp_accounting.NonPrivateDpEvent()
+    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier / 2)
+    sampled = dp_accounting.SampledWithoutReplacementDpEvent(population, sample_size, gaussian)
+    return dp_accounting.SelfComposedDpEvent(sampled, rounds)
+
+
+@lru_cache(maxsize=256)
+def calibrate_fixed_size_noise(
+    target_epsilon: float, rounds: int, sample_size: int, population: int, delta: float
+) -> float:
+    """The smallest noise multiplier (to 1e-6, on the safe side) whose `fixed_size_epsilon` meets the target.
+
+    Formal guarantees: `fixed_size_epsilon` of the result is at most `target_epsilon`.
+    """
+    import dp_accounting
+    from dp_accounting import rdp
+
+    return float(
+        dp_accounting.calibrate_dp_mechanism(
+            lambda: rdp.RdpAccountant(neighboring_relation=_replace_one()),
+            lambda noise: fixed_size_event(noise, rounds, sample_size, population),
+            target_epsilon,
+            delta,
+            dp_accounting.LowerEndpointAndGuess(0, 1),
+        )
+    )
+
+
+@lru_cache(maxsize=256)
 def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     """Epsilon at `delta` of one Gaussian release, without any sampling. Infinite without noise.
 
@@ -112,6 +170,36 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
     import dp_accounting
 
     return float(dp_accounting.get_epsilon_gaussian(noise_multiplier, delta))
+
+
+@lru_cache(maxsize=256)
+def calibrate_gaussian_noise(target_epsilon: float, delta: float) -> float:
+    """The noise multiplier of the one Gaussian release whose `gaussian_epsilon` is the target, on the safe side.
+
+    Formal guarantees: `gaussian_epsilon` of the result is at most `target_epsilon`, and at least that less 1e-6.
+    """
+    import dp_accounting
+
+    noise = float(dp_accounting.get_sigma_gaussian(target_epsilon, delta))
+    step = 1e-12
+    while gaussian_epsilon(noise, delta) > target_epsilon:
+        noise *= 1 + step
+        step *= 2
+    return noise
+
+
+def loss_interval(noise_multiplier: float) -> float:
+    """The interval of privacy loss to account in: the library's own from noise 0.1 on, and wider below.
+
+    Formal guarantees: losses are rounded up to the interval, so that a wider one only makes a bound looser.
+    """
+    return LOSS_INTERVAL * max(1.0, (_FINE_NOISE / noise_multiplier) ** 2)
+
+
+def _replace_one() -> Any:
+    import dp_accounting
+
+    return dp_accounting.NeighboringRelation.REPLACE_ONE
 
 
 def _poisson_event(dp_accounting: Any, noise_multiplier: float, rounds: int, sampling_probability: float) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompute.privacy.lattice import Lattice, add_rounded_noise
+from fedcompute.privacy.lattice import Lattice, add_noise
 from fedcompute.privacy.ledger import GaussianEvent
 from fedcompute.privacy.noise import NoiseSource
 
@@ -38,7 +38,6 @@ class FixedGaussian:
         Formal guarantees: those of the class, for one call per sum; a second call on the same sum is a second release.
         """
         return {
-            name: add_rounded_noise(leaf, noise.standard_normal(leaf.size), self.standard_deviation, lattice)
-            * np.float64(lattice.step / self.report_goal)
+            name: add_noise(leaf, self.standard_deviation, lattice, noise) * np.float64(lattice.step / self.report_goal)
             for name, leaf in total.items()
         }

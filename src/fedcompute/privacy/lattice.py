@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompute.privacy.noise import NoiseSource
+
 # Steps per clip norm, as a power of two: 2**31 contributions of at most 2**31 steps fit an int64.
 _BITS = 30
 
@@ -33,15 +35,22 @@ def to_lattice(leaves: Mapping[str, NDArray[np.float64]], lattice: Lattice) -> d
     return {name: np.trunc(leaf / lattice.step).astype(np.int64) for name, leaf in leaves.items()}
 
 
-def add_rounded_noise(
-    total: NDArray[np.int64], noise: NDArray[np.float64], standard_deviation: float, lattice: Lattice
+def add_noise(
+    total: NDArray[np.int64], standard_deviation: float, lattice: Lattice, noise: NoiseSource
 ) -> NDArray[np.int64]:
-    """Adds `standard_deviation * noise`, rounded to the lattice, to a lattice sum of the same number of elements.
+    """Adds discrete Gaussian noise of `standard_deviation` model units to each element of a lattice sum.
 
-    `noise`: standard normal draws, flat; `standard_deviation`: model units.
-
-    Formal guarantees: `total` lies on the lattice, so total + round(z) = round(total + z): rounding is post-processing
-    of the Gaussian mechanism and costs no privacy. Beyond that, the guarantees of the noise source.
+    Formal guarantees: the Gaussian mechanism over add-or-remove-one device, carried out on the lattice: sum and noise
+    are integers and their addition is exact. With an L2 sensitivity C (see `to_lattice`) its noise multiplier is
+    `standard_deviation` / C, with the sampler's distance (see `discrete_gaussian`).
     """
-    rounded = np.rint(noise * (standard_deviation / lattice.step)).astype(np.int64)
-    return total + rounded.reshape(total.shape)
+    return total + noise.gaussian(standard_deviation / lattice.step, total.size).reshape(total.shape)
+
+
+def rounded_division(dividend: NDArray[np.int64], divisor: int) -> NDArray[np.int64]:
+    """Divides by a positive integer and rounds to the nearest integer, halves up, all in integers.
+
+    Formal guarantees: exact, so that total + rounded_division(n, d) = rounded_division(d * total + n, d): dividing
+    noise is post-processing of a noised sum.
+    """
+    return (dividend + divisor // 2) // divisor

@@ -1,4 +1,4 @@
-"""The privacy ledger: what each release was, as events. Epsilon is never stored; it is recomputed from them."""
+"""What each release was, as events: what a ledger keeps, and what every epsilon is recomputed from."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,21 @@ class TreeEvent:
     step: int
 
 
-Event = GaussianEvent | TreeEvent
+@dataclass(frozen=True)
+class BandedEvent:
+    """Round `step` of a banded matrix factorization whose matrix has `bands` bands.
+
+    `noise_multiplier` is what one participation sees: deviation over clip norm times the column's L2 norm. Rounds of
+    one task are one mechanism; participations at least `bands` rounds apart touch no row in common and compose like
+    Gaussian releases. Source: arXiv 2306.08153, section 3.
+    """
+
+    noise_multiplier: float
+    bands: int
+    step: int
+
+
+Event = GaussianEvent | TreeEvent | BandedEvent
 
 
 def events_document(events: Sequence[Event]) -> dict[str, Any]:
@@ -47,6 +61,8 @@ def read_events(document: Mapping[str, Any]) -> list[Event]:
             return [GaussianEvent(multiplier)]
         if document["class"] == "TreeAggregationStep" and int(document["step"]) >= 1:
             return [TreeEvent(multiplier, int(document["step"]))]
+        if document["class"] == "BandedMatrixFactorizationStep" and min(document["bands"], document["step"]) >= 1:
+            return [BandedEvent(multiplier, int(document["bands"]), int(document["step"]))]
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise _unknown() from cause
     raise _unknown()
@@ -69,7 +85,14 @@ def composed_noise_multiplier(events: Iterable[GaussianEvent]) -> float:
 def _document(event: Event) -> dict[str, Any]:
     if isinstance(event, GaussianEvent):
         return {"class": "GaussianDpEvent", "noise_multiplier": event.noise_multiplier}
-    return {"class": "TreeAggregationStep", "noise_multiplier": event.noise_multiplier, "step": event.step}
+    if isinstance(event, TreeEvent):
+        return {"class": "TreeAggregationStep", "noise_multiplier": event.noise_multiplier, "step": event.step}
+    return {
+        "class": "BandedMatrixFactorizationStep",
+        "noise_multiplier": event.noise_multiplier,
+        "bands": event.bands,
+        "step": event.step,
+    }
 
 
 def _unknown() -> ArtifactInvalid:

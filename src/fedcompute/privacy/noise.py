@@ -1,40 +1,38 @@
-"""Sources of standard normal noise.
+"""Sources of Gaussian noise on the lattice.
 
 `SystemNoise` protects people; `SeededNoise` replays simulations and tests bit for bit. A server's update job constructs
 `SystemNoise` itself; no setting, flag or request reaches the choice.
 """
 
 import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompute.privacy.discrete_gaussian import discrete_gaussian
+
 
 class NoiseSource(Protocol):
-    """Draws independent standard normal values."""
+    """Draws independent values of the discrete Gaussian distribution."""
 
-    def standard_normal(self, count: int) -> NDArray[np.float64]:
-        """`count` independent draws of N(0, 1), float64."""
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        """`count` independent draws with `deviation` lattice steps; see `discrete_gaussian`."""
         ...
 
 
 class SystemNoise:
-    """Standard normal draws from the operating system's generator (Box-Muller over 64-bit uniforms).
+    """Draws from the operating system's generator.
 
-    Formal guarantees: the uniforms come from the kernel's cryptographic generator, nothing is seeded, stored or
-    repeatable. The draws follow N(0, 1) up to float64 rounding and a tail cut at sqrt(128 ln 2) = 9.4 standard
-    deviations, whose mass is below 2**-63 per draw; add that to delta per coordinate and release. Callers round the
-    scaled draw to a lattice that is far coarser than float64's spacing, so low-order bits of the arithmetic
-    (Mironov 2012) never leave.
+    Formal guarantees: those of `discrete_gaussian`, with words from the kernel's cryptographic generator: nothing is
+    seeded, stored or repeatable.
     """
 
-    def standard_normal(self, count: int) -> NDArray[np.float64]:
-        pairs = (count + 1) // 2
-        bits = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64)
-        radius = np.sqrt(-2.0 * np.log((bits[:pairs].astype(np.float64) + 1.0) * 2.0**-64))
-        angle = bits[pairs:].astype(np.float64) * (2.0**-64 * 2.0 * np.pi)
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        return discrete_gaussian(deviation, count, _system_words)
 
 
 class SilentNoise:
@@ -43,8 +41,8 @@ class SilentNoise:
     Formal guarantees: none.
     """
 
-    def standard_normal(self, count: int) -> NDArray[np.float64]:
-        return np.zeros(count)
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        return np.zeros(count, np.int64)
 
 
 class SeededNoise:
@@ -54,7 +52,57 @@ class SeededNoise:
     """
 
     def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(seed))
+        self._generator = np.random.Philox(seed)
 
-    def standard_normal(self, count: int) -> NDArray[np.float64]:
-        return self._generator.standard_normal(count)
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        return discrete_gaussian(deviation, count, self._words)
+
+    def _words(self, count: int) -> NDArray[np.uint64]:
+        return np.asarray(self._generator.random_raw(count), np.uint64)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws made ahead of their use: `values` with `deviation` lattice steps. A secret."""
+
+    deviation: float
+    values: NDArray[np.int64] = field(repr=False)
+
+
+class RecordedNoise:
+    """Draws from `source` and keeps every draw in `draws`.
+
+    Formal guarantees: those of `source`.
+    """
+
+    def __init__(self, source: NoiseSource) -> None:
+        self._source = source
+        self.draws: list[Draw] = []
+
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        values = self._source.gaussian(deviation, count)
+        self.draws.append(Draw(deviation, values))
+        return values
+
+
+class DrawnNoise:
+    """Hands out `draws` in their order, each once, as long as they are what is asked for; then draws from `source`.
+
+    Formal guarantees: those of the source that the draws were recorded from, provided that they serve one release: two
+    releases with the same draws differ by what no noise hides.
+    """
+
+    def __init__(self, draws: Iterable[Draw], source: NoiseSource) -> None:
+        self._draws = deque(draws)
+        self._source = source
+
+    def gaussian(self, deviation: float, count: int) -> NDArray[np.int64]:
+        if self._draws and self._draws[0].deviation == deviation and self._draws[0].values.size == count:
+            return self._draws.popleft().values
+        # What was made for another course of things is of no use here.
+        self._draws.clear()
+        return self._source.gaussian(deviation, count)
+
+
+def _system_words(count: int) -> NDArray[np.uint64]:
+    return np.frombuffer(os.urandom(8 * count), np.uint64)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedcompute.protos import tensorflow_pb2 as fedcompute_dot_protos_dot_tensorflow__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedcompute/protos/learning.proto\x12\rfedcompute.v1\x1a\"fedcompute/protos/tensorflow.proto\"\xcc\x07\n\x0fLearningProcess\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x31\n\x04kind\x18\x02 \x01(\x0e\x32#.fedcompute.v1.LearningProcess.Kind\x12;\n\talgorithm\x18\x03 \x01(\x0e\x32(.fedcompute.v1.LearningProcess.Algorithm\x12\x39\n\ttrainable\x18\x04 \x03(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12=\n\rnon_trainable\x18\x05 \x03(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12\x30\n\nbroadcasts\x18\x06 \x03(\x0b\x32\x1c.fedcompute.v1.BroadcastLeaf\x12*\n\x07updates\x18\x07 \x03(\x0b\x32\x19.fedcompute.v1.UpdateLeaf\x12&\n\x07metrics\x18\x08 \x03(\x0b\x32\x15.fedcompute.v1.Metric\x12!\n\x03sgd\x18\t \x01(\x0b\x32\x12.fedcompute.v1.SgdH\x00\x12#\n\x04\x61\x64\x61m\x18\n \x01(\x0b\x32\x13.fedcompute.v1.AdamH\x00\x12\x32\n\x0cuniform_mean\x18\x0b \x01(\x0b\x32\x1a.fedcompute.v1.UniformMeanH\x01\x12\x36\n\x0e\x66ixed_gaussian\x18\x0c \x01(\x0b\x32\x1c.fedcompute.v1.FixedGaussianH\x01\x12\x34\n\rweighted_mean\x18\r \x01(\x0b\x32\x1b.fedcompute.v1.WeightedMeanH\x01\x12<\n\x11\x61\x64\x61ptive_gaussian\x18\x0e \x01(\x0b\x32\x1f.fedcompute.v1.AdaptiveGaussianH\x01\x12:\n\x10tree_aggregation\x18\x0f \x01(\x0b\x32\x1e.fedcompute.v1.TreeAggregationH\x01\x12\x34\n\radaptive_tree\x18\x10 \x01(\x0b\x32\x1b.fedcompute.v1.AdaptiveTreeH\x01\":\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08TRAINING\x10\x01\x12\x0e\n\nEVALUATION\x10\x02\"@\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46\x45\x44_AVG\x10\x01\x12\x0b\n\x07\x46\x45\x44_SGD\x10\x02\x42\x12\n\x10server_optimizerB\x0c\n\naggregator\"X\n\rBroadcastLeaf\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\x12\x14\n\nstate_name\x18\x02 \x01(\tH\x00\x12\x12\n\x08\x63onstant\x18\x03 \x01(\x02H\x00\x42\x08\n\x06source\"\xdc\x01\n\nUpdateLeaf\x12\x34\n\x04spec\x18\x01 \x01(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.fedcompute.v1.UpdateLeaf.Role\"j\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05\x44\x45LTA\x10\x01\x12\n\n\x06METRIC\x10\x02\x12\t\n\x05\x43OUNT\x10\x03\x12\n\n\x06WEIGHT\x10\x04\x12\x12\n\x0e\x42\x45LOW_ESTIMATE\x10\x05\x12\n\n\x06ZEROED\x10\x06\"?\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tstat_name\x18\x02 \x01(\t\x12\x14\n\x0cupdate_names\x18\x03 \x03(\t\"\x1c\n\x03Sgd\x12\x15\n\rlearning_rate\x18\x01 \x01(\x02\"N\n\x04\x41\x64\x61m\x12\x15\n\rlearning_rate\x18\x01 \x01(\x02\x12\x0e\n\x06\x62\x65ta_1\x18\x02 \x01(\x02\x12\x0e\n\x06\x62\x65ta_2\x18\x03 \x01(\x02\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x02\"\r\n\x0bUniformMean\"Q\n\rFixedGaussian\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\"\x0e\n\x0cWeightedMean\"\x8c\x01\n\x10\x41\x64\x61ptiveGaussian\x12\x19\n\x11initial_clip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x17\n\x0ftarget_quantile\x18\x04 \x01(\x02\x12\x15\n\rlearning_rate\x18\x05 \x01(\x02\"i\n\x0fTreeAggregation\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x14\n\x0czeroing_norm\x18\x04 \x01(\x02\"\xce\x01\n\x0c\x41\x64\x61ptiveTree\x12\x19\n\x11initial_clip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x14\n\x0czeroing_norm\x18\x04 \x01(\x02\x12\x17\n\x0ftarget_quantile\x18\x05 \x01(\x02\x12\x15\n\rlearning_rate\x18\x06 \x01(\x02\x12\x16\n\x0erestart_period\x18\x07 \x01(\x03\x12\x16\n\x0erestart_offset\x18\x08 \x01(\x03\"\xe1\x01\n\nPartialSum\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x12\n\nnum_inputs\x18\x02 \x01(\x04\x12\x13\n\x0bplan_digest\x18\x03 \x01(\x0c\x12.\n\x06leaves\x18\x05 \x03(\x0b\x32\x1e.fedcompute.v1.PartialSum.Leaf\x1a\x63\n\x04Leaf\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\x07lattice\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04real\x18\x04 \x01(\x0cH\x00\x12\x14\n\x0clattice_step\x18\x05 \x01(\x01\x42\x05\n\x03sumJ\x04\x08\x04\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedcompute/protos/learning.proto\x12\rfedcompute.v1\x1a\"fedcompute/protos/tensorflow.proto\"\xf1\x08\n\x0fLearningProcess\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x31\n\x04kind\x18\x02 \x01(\x0e\x32#.fedcompute.v1.LearningProcess.Kind\x12;\n\talgorithm\x18\x03 \x01(\x0e\x32(.fedcompute.v1.LearningProcess.Algorithm\x12\x39\n\ttrainable\x18\x04 \x03(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12=\n\rnon_trainable\x18\x05 \x03(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12\x30\n\nbroadcasts\x18\x06 \x03(\x0b\x32\x1c.fedcompute.v1.BroadcastLeaf\x12*\n\x07updates\x18\x07 \x03(\x0b\x32\x19.fedcompute.v1.UpdateLeaf\x12&\n\x07metrics\x18\x08 \x03(\x0b\x32\x15.fedcompute.v1.Metric\x12!\n\x03sgd\x18\t \x01(\x0b\x32\x12.fedcompute.v1.SgdH\x00\x12#\n\x04\x61\x64\x61m\x18\n \x01(\x0b\x32\x13.fedcompute.v1.AdamH\x00\x12\x32\n\x0cuniform_mean\x18\x0b \x01(\x0b\x32\x1a.fedcompute.v1.UniformMeanH\x01\x12\x36\n\x0e\x66ixed_gaussian\x18\x0c \x01(\x0b\x32\x1c.fedcompute.v1.FixedGaussianH\x01\x12\x34\n\rweighted_mean\x18\r \x01(\x0b\x32\x1b.fedcompute.v1.WeightedMeanH\x01\x12<\n\x11\x61\x64\x61ptive_gaussian\x18\x0e \x01(\x0b\x32\x1f.fedcompute.v1.AdaptiveGaussianH\x01\x12:\n\x10tree_aggregation\x18\x0f \x01(\x0b\x32\x1e.fedcompute.v1.TreeAggregationH\x01\x12\x34\n\radaptive_tree\x18\x10 \x01(\x0b\x32\x1b.fedcompute.v1.AdaptiveTreeH\x01\x12=\n\tbanded_mf\x18\x11 \x01(\x0b\x32(.fedcompute.v1.BandedMatrixFactorizationH\x01\x12\x32\n\rprivacy_claim\x18\x12 \x01(\x0b\x32\x1b.fedcompute.v1.PrivacyClaim\x12\x30\n\x0cmetric_noise\x18\x13 \x01(\x0b\x32\x1a.fedcompute.v1.MetricNoise\":\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0c\n\x08TRAINING\x10\x01\x12\x0e\n\nEVALUATION\x10\x02\"@\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46\x45\x44_AVG\x10\x01\x12\x0b\n\x07\x46\x45\x44_SGD\x10\x02\x42\x12\n\x10server_optimizerB\x0c\n\naggregator\"\xb1\x02\n\x0cPrivacyClaim\x12@\n\rparticipation\x18\x01 \x01(\x0e\x32).fedcompute.v1.PrivacyClaim.Participation\x12\x1c\n\x14\x65stimated_population\x18\x02 \x01(\x03\x12\x1a\n\x12minimum_separation\x18\x03 \x01(\x03\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x0f\n\x07\x65psilon\x18\x05 \x01(\x01\x12\x0e\n\x06rounds\x18\x06 \x01(\x03\"u\n\rParticipation\x12\x1d\n\x19PARTICIPATION_UNSPECIFIED\x10\x00\x12\x0b\n\x07POISSON\x10\x01\x12\x0e\n\nFIXED_SIZE\x10\x02\x12\x12\n\x0eMIN_SEPARATION\x10\x03\x12\x14\n\x10NO_AMPLIFICATION\x10\x04\":\n\x0bMetricNoise\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\"X\n\rBroadcastLeaf\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\x12\x14\n\nstate_name\x18\x02 \x01(\tH\x00\x12\x12\n\x08\x63onstant\x18\x03 \x01(\x02H\x00\x42\x08\n\x06source\"\xdc\x01\n\nUpdateLeaf\x12\x34\n\x04spec\x18\x01 \x01(\x0b\x32&.fedcompute.tensorflow.TensorSpecProto\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.fedcompute.v1.UpdateLeaf.Role\"j\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\t\n\x05\x44\x45LTA\x10\x01\x12\n\n\x06METRIC\x10\x02\x12\t\n\x05\x43OUNT\x10\x03\x12\n\n\x06WEIGHT\x10\x04\x12\x12\n\x0e\x42\x45LOW_ESTIMATE\x10\x05\x12\n\n\x06ZEROED\x10\x06\"?\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tstat_name\x18\x02 \x01(\t\x12\x14\n\x0cupdate_names\x18\x03 \x03(\t\"\x1c\n\x03Sgd\x12\x15\n\rlearning_rate\x18\x01 \x01(\x02\"N\n\x04\x41\x64\x61m\x12\x15\n\rlearning_rate\x18\x01 \x01(\x02\x12\x0e\n\x06\x62\x65ta_1\x18\x02 \x01(\x02\x12\x0e\n\x06\x62\x65ta_2\x18\x03 \x01(\x02\x12\x0f\n\x07\x65psilon\x18\x04 \x01(\x02\"\r\n\x0bUniformMean\"Q\n\rFixedGaussian\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\"\x0e\n\x0cWeightedMean\"\x8c\x01\n\x10\x41\x64\x61ptiveGaussian\x12\x19\n\x11initial_clip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x17\n\x0ftarget_quantile\x18\x04 \x01(\x02\x12\x15\n\rlearning_rate\x18\x05 \x01(\x02\"i\n\x0fTreeAggregation\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x14\n\x0czeroing_norm\x18\x04 \x01(\x02\"\xce\x01\n\x0c\x41\x64\x61ptiveTree\x12\x19\n\x11initial_clip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x14\n\x0czeroing_norm\x18\x04 \x01(\x02\x12\x17\n\x0ftarget_quantile\x18\x05 \x01(\x02\x12\x15\n\rlearning_rate\x18\x06 \x01(\x02\x12\x16\n\x0erestart_period\x18\x07 \x01(\x03\x12\x16\n\x0erestart_offset\x18\x08 \x01(\x03\"s\n\x19\x42\x61ndedMatrixFactorization\x12\x11\n\tclip_norm\x18\x01 \x01(\x02\x12\x18\n\x10noise_multiplier\x18\x02 \x01(\x02\x12\x13\n\x0breport_goal\x18\x03 \x01(\x03\x12\x14\n\x0c\x63oefficients\x18\x04 \x03(\x01\"\xe1\x01\n\nPartialSum\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x12\n\nnum_inputs\x18\x02 \x01(\x04\x12\x13\n\x0bplan_digest\x18\x03 \x01(\x0c\x12.\n\x06leaves\x18\x05 \x03(\x0b\x32\x1e.fedcompute.v1.PartialSum.Leaf\x1a\x63\n\x04Leaf\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x11\n\x07lattice\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04real\x18\x04 \x01(\x0cH\x00\x12\x14\n\x0clattice_step\x18\x05 \x01(\x01\x42\x05\n\x03sumJ\x04\x08\x04\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,45 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedcompute.protos.learning_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEARNINGPROCESS']._serialized_start=88
-  _globals['_LEARNINGPROCESS']._serialized_end=1060
-  _globals['_LEARNINGPROCESS_KIND']._serialized_start=902
-  _globals['_LEARNINGPROCESS_KIND']._serialized_end=960
-  _globals['_LEARNINGPROCESS_ALGORITHM']._serialized_start=962
-  _globals['_LEARNINGPROCESS_ALGORITHM']._serialized_end=1026
-  _globals['_BROADCASTLEAF']._serialized_start=1062
-  _globals['_BROADCASTLEAF']._serialized_end=1150
-  _globals['_UPDATELEAF']._serialized_start=1153
-  _globals['_UPDATELEAF']._serialized_end=1373
-  _globals['_UPDATELEAF_ROLE']._serialized_start=1267
-  _globals['_UPDATELEAF_ROLE']._serialized_end=1373
-  _globals['_METRIC']._serialized_start=1375
-  _globals['_METRIC']._serialized_end=1438
-  _globals['_SGD']._serialized_start=1440
-  _globals['_SGD']._serialized_end=1468
-  _globals['_ADAM']._serialized_start=1470
-  _globals['_ADAM']._serialized_end=1548
-  _globals['_UNIFORMMEAN']._serialized_start=1550
-  _globals['_UNIFORMMEAN']._serialized_end=1563
-  _globals['_FIXEDGAUSSIAN']._serialized_start=1565
-  _globals['_FIXEDGAUSSIAN']._serialized_end=1646
-  _globals['_WEIGHTEDMEAN']._serialized_start=1648
-  _globals['_WEIGHTEDMEAN']._serialized_end=1662
-  _globals['_ADAPTIVEGAUSSIAN']._serialized_start=1665
-  _globals['_ADAPTIVEGAUSSIAN']._serialized_end=1805
-  _globals['_TREEAGGREGATION']._serialized_start=1807
-  _globals['_TREEAGGREGATION']._serialized_end=1912
-  _globals['_ADAPTIVETREE']._serialized_start=1915
-  _globals['_ADAPTIVETREE']._serialized_end=2121
-  _globals['_PARTIALSUM']._serialized_start=2124
-  _globals['_PARTIALSUM']._serialized_end=2349
-  _globals['_PARTIALSUM_LEAF']._serialized_start=2244
-  _globals['_PARTIALSUM_LEAF']._serialized_end=2343
+  _globals['_LEARNINGPROCESS']._serialized_end=1225
+  _globals['_LEARNINGPROCESS_KIND']._serialized_start=1067
+  _globals['_LEARNINGPROCESS_KIND']._serialized_end=1125
+  _globals['_LEARNINGPROCESS_ALGORITHM']._serialized_start=1127
+  _globals['_LEARNINGPROCESS_ALGORITHM']._serialized_end=1191
+  _globals['_PRIVACYCLAIM']._serialized_start=1228
+  _globals['_PRIVACYCLAIM']._serialized_end=1533
+  _globals['_PRIVACYCLAIM_PARTICIPATION']._serialized_start=1416
+  _globals['_PRIVACYCLAIM_PARTICIPATION']._serialized_end=1533
+  _globals['_METRICNOISE']._serialized_start=1535
+  _globals['_METRICNOISE']._serialized_end=1593
+  _globals['_BROADCASTLEAF']._serialized_start=1595
+  _globals['_BROADCASTLEAF']._serialized_end=1683
+  _globals['_UPDATELEAF']._serialized_start=1686
+  _globals['_UPDATELEAF']._serialized_end=1906
+  _globals['_UPDATELEAF_ROLE']._serialized_start=1800
+  _globals['_UPDATELEAF_ROLE']._serialized_end=1906
+  _globals['_METRIC']._serialized_start=1908
+  _globals['_METRIC']._serialized_end=1971
+  _globals['_SGD']._serialized_start=1973
+  _globals['_SGD']._serialized_end=2001
+  _globals['_ADAM']._serialized_start=2003
+  _globals['_ADAM']._serialized_end=2081
+  _globals['_UNIFORMMEAN']._serialized_start=2083
+  _globals['_UNIFORMMEAN']._serialized_end=2096
+  _globals['_FIXEDGAUSSIAN']._serialized_start=2098
+  _globals['_FIXEDGAUSSIAN']._serialized_end=2179
+  _globals['_WEIGHTEDMEAN']._serialized_start=2181
+  _globals['_WEIGHTEDMEAN']._serialized_end=2195
+  _globals['_ADAPTIVEGAUSSIAN']._serialized_start=2198
+  _globals['_ADAPTIVEGAUSSIAN']._serialized_end=2338
+  _globals['_TREEAGGREGATION']._serialized_start=2340
+  _globals['_TREEAGGREGATION']._serialized_end=2445
+  _globals['_ADAPTIVETREE']._serialized_start=2448
+  _globals['_ADAPTIVETREE']._serialized_end=2654
+  _globals['_BANDEDMATRIXFACTORIZATION']._serialized_start=2656
+  _globals['_BANDEDMATRIXFACTORIZATION']._serialized_end=2771
+  _globals['_PARTIALSUM']._serialized_start=2774
+  _globals['_PARTIALSUM']._serialized_end=2999
+  _globals['_PARTIALSUM_LEAF']._serialized_start=2894
+  _globals['_PARTIALSUM_LEAF']._serialized_end=2993
 # @@protoc_insertion_point(module_scope)

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LearningProcess(_message.Message):
-    __slots__ = ("version", "kind", "algorithm", "trainable", "non_trainable", "broadcasts", "updates", "metrics", "sgd", "adam", "uniform_mean", "fixed_gaussian", "weighted_mean", "adaptive_gaussian", "tree_aggregation", "adaptive_tree")
+    __slots__ = ("version", "kind", "algorithm", "trainable", "non_trainable", "broadcasts", "updates", "metrics", "sgd", "adam", "uniform_mean", "fixed_gaussian", "weighted_mean", "adaptive_gaussian", "tree_aggregation", "adaptive_tree", "banded_mf", "privacy_claim", "metric_noise")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[LearningProcess.Kind]
@@ -42,6 +42,9 @@ class LearningProcess(_message.Message):
     ADAPTIVE_GAUSSIAN_FIELD_NUMBER: _ClassVar[int]
     TREE_AGGREGATION_FIELD_NUMBER: _ClassVar[int]
     ADAPTIVE_TREE_FIELD_NUMBER: _ClassVar[int]
+    BANDED_MF_FIELD_NUMBER: _ClassVar[int]
+    PRIVACY_CLAIM_FIELD_NUMBER: _ClassVar[int]
+    METRIC_NOISE_FIELD_NUMBER: _ClassVar[int]
     version: int
     kind: LearningProcess.Kind
     algorithm: LearningProcess.Algorithm
@@ -58,7 +61,46 @@ class LearningProcess(_message.Message):
     adaptive_gaussian: AdaptiveGaussian
     tree_aggregation: TreeAggregation
     adaptive_tree: AdaptiveTree
-    def __init__(self, version: _Optional[int] = ..., kind: _Optional[_Union[LearningProcess.Kind, str]] = ..., algorithm: _Optional[_Union[LearningProcess.Algorithm, str]] = ..., trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., non_trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., broadcasts: _Optional[_Iterable[_Union[BroadcastLeaf, _Mapping]]] = ..., updates: _Optional[_Iterable[_Union[UpdateLeaf, _Mapping]]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., uniform_mean: _Optional[_Union[UniformMean, _Mapping]] = ..., fixed_gaussian: _Optional[_Union[FixedGaussian, _Mapping]] = ..., weighted_mean: _Optional[_Union[WeightedMean, _Mapping]] = ..., adaptive_gaussian: _Optional[_Union[AdaptiveGaussian, _Mapping]] = ..., tree_aggregation: _Optional[_Union[TreeAggregation, _Mapping]] = ..., adaptive_tree: _Optional[_Union[AdaptiveTree, _Mapping]] = ...) -> None: ...
+    banded_mf: BandedMatrixFactorization
+    privacy_claim: PrivacyClaim
+    metric_noise: MetricNoise
+    def __init__(self, version: _Optional[int] = ..., kind: _Optional[_Union[LearningProcess.Kind, str]] = ..., algorithm: _Optional[_Union[LearningProcess.Algorithm, str]] = ..., trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., non_trainable: _Optional[_Iterable[_Union[_tensorflow_pb2.TensorSpecProto, _Mapping]]] = ..., broadcasts: _Optional[_Iterable[_Union[BroadcastLeaf, _Mapping]]] = ..., updates: _Optional[_Iterable[_Union[UpdateLeaf, _Mapping]]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., sgd: _Optional[_Union[Sgd, _Mapping]] = ..., adam: _Optional[_Union[Adam, _Mapping]] = ..., uniform_mean: _Optional[_Union[UniformMean, _Mapping]] = ..., fixed_gaussian: _Optional[_Union[FixedGaussian, _Mapping]] = ..., weighted_mean: _Optional[_Union[WeightedMean, _Mapping]] = ..., adaptive_gaussian: _Optional[_Union[AdaptiveGaussian, _Mapping]] = ..., tree_aggregation: _Optional[_Union[TreeAggregation, _Mapping]] = ..., adaptive_tree: _Optional[_Union[AdaptiveTree, _Mapping]] = ..., banded_mf: _Optional[_Union[BandedMatrixFactorization, _Mapping]] = ..., privacy_claim: _Optional[_Union[PrivacyClaim, _Mapping]] = ..., metric_noise: _Optional[_Union[MetricNoise, _Mapping]] = ...) -> None: ...
+
+class PrivacyClaim(_message.Message):
+    __slots__ = ("participation", "estimated_population", "minimum_separation", "delta", "epsilon", "rounds")
+    class Participation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PARTICIPATION_UNSPECIFIED: _ClassVar[PrivacyClaim.Participation]
+        POISSON: _ClassVar[PrivacyClaim.Participation]
+        FIXED_SIZE: _ClassVar[PrivacyClaim.Participation]
+        MIN_SEPARATION: _ClassVar[PrivacyClaim.Participation]
+        NO_AMPLIFICATION: _ClassVar[PrivacyClaim.Participation]
+    PARTICIPATION_UNSPECIFIED: PrivacyClaim.Participation
+    POISSON: PrivacyClaim.Participation
+    FIXED_SIZE: PrivacyClaim.Participation
+    MIN_SEPARATION: PrivacyClaim.Participation
+    NO_AMPLIFICATION: PrivacyClaim.Participation
+    PARTICIPATION_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_POPULATION_FIELD_NUMBER: _ClassVar[int]
+    MINIMUM_SEPARATION_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    participation: PrivacyClaim.Participation
+    estimated_population: int
+    minimum_separation: int
+    delta: float
+    epsilon: float
+    rounds: int
+    def __init__(self, participation: _Optional[_Union[PrivacyClaim.Participation, str]] = ..., estimated_population: _Optional[int] = ..., minimum_separation: _Optional[int] = ..., delta: _Optional[float] = ..., epsilon: _Optional[float] = ..., rounds: _Optional[int] = ...) -> None: ...
+
+class MetricNoise(_message.Message):
+    __slots__ = ("clip_norm", "noise_multiplier")
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    clip_norm: float
+    noise_multiplier: float
+    def __init__(self, clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ...) -> None: ...
 
 class BroadcastLeaf(_message.Message):
     __slots__ = ("client_name", "state_name", "constant")
@@ -185,6 +227,18 @@ class AdaptiveTree(_message.Message):
     restart_period: int
     restart_offset: int
     def __init__(self, initial_clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ..., zeroing_norm: _Optional[float] = ..., target_quantile: _Optional[float] = ..., learning_rate: _Optional[float] = ..., restart_period: _Optional[int] = ..., restart_offset: _Optional[int] = ...) -> None: ...
+
+class BandedMatrixFactorization(_message.Message):
+    __slots__ = ("clip_norm", "noise_multiplier", "report_goal", "coefficients")
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_GOAL_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENTS_FIELD_NUMBER: _ClassVar[int]
+    clip_norm: float
+    noise_multiplier: float
+    report_goal: int
+    coefficients: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, clip_norm: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., report_goal: _Optional[int] = ..., coefficients: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PartialSum(_message.Message):
     __slots__ = ("version", "num_inputs", "plan_digest", "leaves")

@@ -57,11 +57,29 @@ class DpAggregator(_message.Message):
         TREE_AGGREGATION: _ClassVar[DpAggregator.Enum]
         ADAPTIVE_GAUSSIAN: _ClassVar[DpAggregator.Enum]
         ADAPTIVE_TREE: _ClassVar[DpAggregator.Enum]
+        BANDED_MF: _ClassVar[DpAggregator.Enum]
     UNKNOWN: DpAggregator.Enum
     FIXED_GAUSSIAN: DpAggregator.Enum
     TREE_AGGREGATION: DpAggregator.Enum
     ADAPTIVE_GAUSSIAN: DpAggregator.Enum
     ADAPTIVE_TREE: DpAggregator.Enum
+    BANDED_MF: DpAggregator.Enum
+    def __init__(self) -> None: ...
+
+class Participation(_message.Message):
+    __slots__ = ()
+    class Enum(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNKNOWN: _ClassVar[Participation.Enum]
+        POISSON: _ClassVar[Participation.Enum]
+        FIXED_SIZE: _ClassVar[Participation.Enum]
+        MIN_SEPARATION: _ClassVar[Participation.Enum]
+        NO_AMPLIFICATION: _ClassVar[Participation.Enum]
+    UNKNOWN: Participation.Enum
+    POISSON: Participation.Enum
+    FIXED_SIZE: Participation.Enum
+    MIN_SEPARATION: Participation.Enum
+    NO_AMPLIFICATION: Participation.Enum
     def __init__(self) -> None: ...
 
 class ModelReleaseManagementPolicy(_message.Message):
@@ -171,18 +189,24 @@ class FederatedLearning(_message.Message):
     def __init__(self, learning_process: _Optional[_Union[LearningProcess, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
 
 class DifferentialPrivacy(_message.Message):
-    __slots__ = ("type", "noise_multiplier", "clip_norm", "init_clip_norm", "estimated_population")
+    __slots__ = ("type", "noise_multiplier", "clip_norm", "init_clip_norm", "estimated_population", "participation", "metrics_clip_norm", "metrics_noise_multiplier")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     INIT_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_POPULATION_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPATION_FIELD_NUMBER: _ClassVar[int]
+    METRICS_CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    METRICS_NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     type: DpAggregator.Enum
     noise_multiplier: float
     clip_norm: float
     init_clip_norm: float
     estimated_population: int
-    def __init__(self, type: _Optional[_Union[DpAggregator.Enum, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., init_clip_norm: _Optional[float] = ..., estimated_population: _Optional[int] = ...) -> None: ...
+    participation: Participation.Enum
+    metrics_clip_norm: float
+    metrics_noise_multiplier: float
+    def __init__(self, type: _Optional[_Union[DpAggregator.Enum, str]] = ..., noise_multiplier: _Optional[float] = ..., clip_norm: _Optional[float] = ..., init_clip_norm: _Optional[float] = ..., estimated_population: _Optional[int] = ..., participation: _Optional[_Union[Participation.Enum, str]] = ..., metrics_clip_norm: _Optional[float] = ..., metrics_noise_multiplier: _Optional[float] = ...) -> None: ...
 
 class TaskConfig(_message.Message):
     __slots__ = ("mode", "population_name", "label_name", "policies", "federated_learning", "differential_privacy", "use_daf")

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from fedcompute.protos import plan_pb2
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
+from fedcompute.server.rounds.spending import Accounts
+from fedcompute.server.rounds.update import Preparation
 from fedcompute.server.security.url_signing import Grant, sign_url
 from fedcompute.server.settings import Settings
 from fedcompute.storage.blobs import BlobStore
@@ -99,10 +101,13 @@ class Context:
     jobs: Jobs
     plans: Plans
     url_key: bytes = field(repr=False)
+    noise_key: bytes = field(repr=False)  # seals noise that outlives a round
     wake: Callable[[], None]  # asks the round engine for a pass
     is_alive: Callable[[], bool]  # whether the round engine does its work
     warm_up: Callable[[], None]  # starts the worker processes
     uploads: Uploads = field(default_factory=Uploads)
+    accounts: Accounts = field(default_factory=Accounts)
+    prepared: dict[IterationKey, Preparation | None] = field(default_factory=dict)  # None: could not be worked out
     repaired: set[IterationKey] = field(default_factory=set)  # rounds whose sums were made anew, once each
 
     def signed_url(

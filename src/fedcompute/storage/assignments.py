@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 
 from fedcompute.errors import Reason
 from fedcompute.storage import schema, transitions
-from fedcompute.storage.database import Transaction
+from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.iterations import IterationRow, get_iteration, iteration_row
 from fedcompute.storage.keys import AssignmentKey, BatchKey, IterationKey, TaskKey
 from fedcompute.storage.schema import ACTIVE_ITERATION, AssignmentStatus, IterationStatus, TaskStatus
@@ -88,6 +88,7 @@ def assign(
     `idempotency_key` (any text; the caller puts owner and request key into it) makes a repetition within five minutes
     return the first answer's assignment, as long as that is ASSIGNED and its iteration COLLECTING.
     """
+    lock_population(tx, population)
     key_hash = None if idempotency_key is None else _key_hash(population, idempotency_key)
     if key_hash is not None:
         earlier = _repeated(tx, key_hash, now)
@@ -333,8 +334,6 @@ def _candidates(tx: Transaction, population: str) -> list[tuple[IterationRow, in
             task.c.status.in_([int(TaskStatus.OPEN), int(TaskStatus.PAUSED)]),
         )
         .order_by(table.c.task_id, table.c.iteration_id, table.c.attempt_id)
-        # On PostgreSQL this makes the check-ins of a population count one after the other; SQLite does so anyway.
-        .with_for_update(of=table)
     )
     found = []
     for row in tx.execute(query):
@@ -435,8 +434,9 @@ def _time_out(
     if keep:
         late.append(table.c.session_id.not_in(sorted(keep)))
     oldest = select(table.c.session_id).where(*late).order_by(table.c.status_time).limit(limit)
-    # The age is asked again in the update itself: on PostgreSQL a row may have moved on and come back.
-    where = [table.c.session_id.in_(oldest.scalar_subquery()), table.c.status_time < now - age]
+    # Whoever has locked a row is about to move it; to wait for several of them could be to wait in a circle.
+    chosen = oldest.with_for_update(key_share=True, skip_locked=True).cte("oldest")
+    where = [table.c.session_id.in_(select(chosen.c.session_id)), table.c.status_time < now - age]
     rows = transitions.move(tx, transitions.ASSIGNMENT, where, old, new, now)
     return sorted(
         AssignmentKey(

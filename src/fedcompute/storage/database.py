@@ -1,21 +1,23 @@
 """The connection to the one relational database: SQLite by default, PostgreSQL for more than one machine."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import (
     ArgumentError,
-    DatabaseError,
     DataError,
+    DBAPIError,
     IntegrityError,
     NoSuchModuleError,
     ProgrammingError,
 )
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.storage.migrations import HEAD, upgrade
@@ -24,15 +26,31 @@ Transaction = Connection
 """What every function of this room takes first; `Database.write` and `Database.read` yield it."""
 
 BUSY_TIMEOUT_S = 30
+# A server that froze in the middle of a transaction must not keep what it locked.
+_IDLE_TIMEOUT_S = 60
 _MIGRATION_LOCK = 0x6665646370
+_POPULATION_LOCKS = 0x66656463
+_DRIVER = "postgresql+psycopg"
+# So that a database that vanished is missed within half a minute; the system's own patience is hours. A URL may say
+# otherwise.
+_CONNECTION = {
+    "application_name": "fedcompute",
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
 
 
 class Database:
     """One database, its schema brought up to date when it is opened. Safe for threads; one per process.
 
     Writers of one SQLite file take turns: the write lock is taken when the transaction begins, so what a transaction
-    reads cannot change before it commits. PostgreSQL runs the same functions at READ COMMITTED; they lock the rows
-    that they decide on.
+    reads cannot change before it commits. Writers of PostgreSQL run side by side at READ COMMITTED. That is enough,
+    because whatever they change is either a row that fits a condition, which PostgreSQL asks again of the newest
+    version of the row once it has its lock, or was decided under `lock_population`, after which every statement sees
+    all that earlier holders of the lock committed. Readers of both see one moment and wait for nobody.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -42,36 +60,30 @@ class Database:
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """Opens `sqlite:///file` or `postgresql+psycopg://...` and applies what migrations are missing.
+        """Opens `sqlite:///file` or `postgresql://...` and applies what migrations are missing.
 
-        Raises OperationFailed(SETTINGS_INVALID) for a URL that names no supported database and
-        OperationFailed(STORAGE_FAILED) if it cannot be reached or was written by a newer release.
+        Raises OperationFailed(SETTINGS_INVALID) for a URL that names no supported database or one whose driver is not
+        installed, and OperationFailed(STORAGE_FAILED) if it cannot be reached, refuses to be set up or was written by
+        a newer release.
         """
         try:
             parsed = make_url(url)
             name = parsed.get_backend_name()
-        except ArgumentError:
+        except (ArgumentError, ValueError):
             raise OperationFailed(Reason.SETTINGS_INVALID, "the database URL cannot be read") from None
         if name == "sqlite":
-            if not parsed.database or parsed.database == ":memory:":
-                raise OperationFailed(Reason.SETTINGS_INVALID, "the database URL names no file")
-            sqlite_file(url)
-            engine = create_engine(
-                parsed, hide_parameters=True, pool_size=16, max_overflow=16, connect_args={"timeout": BUSY_TIMEOUT_S}
-            )
-            _configure_sqlite(engine)
-        elif name == "postgresql":
-            try:
-                engine = create_engine(parsed, hide_parameters=True, pool_size=16, pool_pre_ping=True)
-            except (NoSuchModuleError, ModuleNotFoundError):
-                raise OperationFailed(Reason.SETTINGS_INVALID, "the database's driver is not installed") from None
+            engine = _sqlite_engine(parsed)
+        elif name in ("postgresql", "postgres"):
+            engine = _postgresql_engine(parsed)
         else:
             raise OperationFailed(Reason.SETTINGS_INVALID, f"no support for {name} databases")
         database = cls(engine)
         try:
             database._migrate()
-        except BaseException:
+        except BaseException as error:
             database.close()
+            if isinstance(error, DBAPIError):
+                raise database._refused(error) from None
             raise
         return database
 
@@ -79,23 +91,25 @@ class Database:
     def write(self) -> Iterator[Transaction]:
         """A transaction that may write; commits at the end, rolls back on any exception.
 
-        Raises OperationFailed(STORAGE_FAILED) if the database is unreachable, full or locked for too long.
+        Raises OperationFailed(STORAGE_FAILED) if the database is unreachable, full or locked for too long, or ends
+        the transaction so that others can go on; nothing is written then and the work may be done again.
         """
         if not self._is_sqlite:
-            with self._transaction(write=True) as tx:
+            with self._transaction(fedcompute_write=True) as tx:
                 yield tx
             return
         # Threads of one process queue here instead of polling SQLite's lock.
-        with self._turn, self._transaction(write=True) as tx:
+        with self._turn, self._transaction(fedcompute_write=True) as tx:
             yield tx
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
-        """A transaction that only reads; on SQLite it sees one moment and never waits for writers.
+        """A transaction that only reads; it sees one moment and never waits for writers.
 
         Raises OperationFailed(STORAGE_FAILED) as `write` does.
         """
-        with self._transaction(write=False) as tx:
+        options = {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with self._transaction(fedcompute_write=False, **options) as tx:
             yield tx
 
     def check(self) -> None:
@@ -108,18 +122,26 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _transaction(self, *, write: bool) -> Iterator[Connection]:
+    def _transaction(self, **options: Any) -> Iterator[Connection]:
         try:
-            with (
-                self._engine.connect().execution_options(fedcompute_write=write) as connection,
-                connection.begin(),
-            ):
-                yield connection
+            with self._engine.connect() as connection:
+                connection.execution_options(**options)
+                with connection.begin():
+                    yield connection
         except (IntegrityError, DataError, ProgrammingError):
             raise
-        except DatabaseError as error:
-            # The driver's words name no value: parameters are hidden, and connection URLs are not part of them.
-            raise OperationFailed(Reason.STORAGE_FAILED, f"the database refused: {error.orig}") from error
+        except DBAPIError as error:
+            # Without its cause: a traceback of a driver may show what it connected with.
+            raise self._refused(error) from None
+        except NoConnectionFree:
+            raise OperationFailed(Reason.STORAGE_FAILED, "every connection to the database is in use") from None
+
+    def _refused(self, error: DBAPIError) -> OperationFailed:
+        # The driver's words name no value: parameters are hidden. A password may be part of what it could not read.
+        words = " ".join(str(error.orig).split())
+        for secret in _secrets(self._engine.url):
+            words = words.replace(secret, "***")
+        return OperationFailed(Reason.STORAGE_FAILED, f"the database refused: {words}")
 
     def _migrate(self) -> None:
         with self.write() as tx:
@@ -136,6 +158,18 @@ class Database:
             upgrade(tx)
 
 
+def lock_population(tx: Transaction, population: str) -> None:
+    """Keeps every other decision about a population waiting until this transaction ends; take it before you look.
+
+    Whoever changes a population's tasks, rounds, ledger or budget, or gives away a place in a round, does so under
+    this lock. A write transaction of SQLite has it anyway. Takes no lock for a second population while it holds one:
+    two transactions that did so could wait for each other.
+    """
+    if tx.dialect.name == "postgresql":
+        name = int.from_bytes(hashlib.sha256(population.encode()).digest()[:4], "big", signed=True)
+        tx.execute(text("SELECT pg_advisory_xact_lock(:room, :name)"), {"room": _POPULATION_LOCKS, "name": name})
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file that an SQLite URL names, its folder made if missing; None for any other URL, also an unreadable one.
 
@@ -144,7 +178,7 @@ def sqlite_file(url: str) -> Path | None:
     try:
         parsed = make_url(url)
         name = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError):
+    except (ArgumentError, NoSuchModuleError, ValueError):
         return None
     if name != "sqlite" or not parsed.database or parsed.database == ":memory:":
         return None
@@ -156,6 +190,57 @@ def sqlite_file(url: str) -> Path | None:
             Reason.STORAGE_FAILED, f"the database's folder cannot be made: {error.strerror}"
         ) from error
     return path
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise OperationFailed(Reason.SETTINGS_INVALID, "the database URL names no file")
+    sqlite_file(url.render_as_string(hide_password=False))
+    engine = create_engine(
+        url, hide_parameters=True, pool_size=16, max_overflow=16, connect_args={"timeout": BUSY_TIMEOUT_S}
+    )
+    _configure_sqlite(engine)
+    return engine
+
+
+def _postgresql_engine(url: URL) -> Engine:
+    if url.drivername not in ("postgresql", "postgres", _DRIVER):
+        raise OperationFailed(Reason.SETTINGS_INVALID, f"no support for {url.drivername}; write {_DRIVER}://")
+    if "@" in (url.host or ""):
+        # What stands behind the first @ is taken for the host, and hosts appear in messages.
+        raise OperationFailed(Reason.SETTINGS_INVALID, "an @ in the database's user or password is written as %40")
+    settings = {"lock_timeout": f"{BUSY_TIMEOUT_S}s", "idle_in_transaction_session_timeout": f"{_IDLE_TIMEOUT_S}s"}
+    given = url.query.get("options", "")
+    options = [
+        *(f"-c {name}={value}" for name, value in settings.items()),
+        *([given] if isinstance(given, str) else given),
+    ]
+    arguments: dict[str, Any] = {name: value for name, value in _CONNECTION.items() if name not in url.query}
+    arguments["options"] = " ".join(options).strip()
+    try:
+        return create_engine(
+            url.set(drivername=_DRIVER),
+            hide_parameters=True,
+            isolation_level="READ COMMITTED",
+            pool_size=16,
+            max_overflow=16,
+            pool_pre_ping=True,
+            connect_args=arguments,
+        )
+    except ImportError:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            "PostgreSQL's driver psycopg is not installed",
+            remedy="install it with: pip install 'fedcompute[postgresql]'",
+        ) from None
+
+
+def _secrets(url: URL) -> list[str]:
+    found = [url.password or ""]
+    for name, value in url.query.items():
+        if "password" in name:
+            found += [value] if isinstance(value, str) else value
+    return sorted((str(one) for one in found if one), key=len, reverse=True)
 
 
 def _configure_sqlite(engine: Engine) -> None:

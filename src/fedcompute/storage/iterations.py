@@ -1,6 +1,6 @@
 """Iterations: creation, look-ups, moves, and the release that ends one (spec/server.md 4.2, 5.3, 5.4)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -9,11 +9,13 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from sqlalchemy import Row, select
 from sqlalchemy.exc import IntegrityError
 
+from fedcompute.errors import Reason
+from fedcompute.privacy.chain import Release
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema, transitions
-from fedcompute.storage.database import Transaction
+from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import IterationKey, TaskKey
-from fedcompute.storage.releases import LedgerEntry, record_entry, record_metrics
+from fedcompute.storage.releases import LedgerMoved, Standing, append_releases, record_metrics, standing_of
 from fedcompute.storage.schema import IterationStatus, TaskStatus
 from fedcompute.storage.tasks import TaskRow, complete_task
 
@@ -91,10 +93,8 @@ def next_iteration(
 def create_iteration(tx: Transaction, new: NewIteration, now: datetime) -> bool:
     """Opens an iteration in COLLECTING; False, and nothing written, if it exists or its task is not OPEN."""
     task = schema.task
-    # The lock keeps the task from ending between this question and the insert.
-    status = tx.execute(
-        select(task.c.status).where(schema.of_task(task, new.key.task)).with_for_update()
-    ).scalar_one_or_none()
+    lock_population(tx, new.key.population)
+    status = tx.execute(select(task.c.status).where(schema.of_task(task, new.key.task))).scalar_one_or_none()
     if status != TaskStatus.OPEN:
         return False
     values = {
@@ -168,6 +168,7 @@ def move_iteration(
     tx: Transaction, key: IterationKey, from_status: IterationStatus, to_status: IterationStatus, now: datetime
 ) -> bool:
     """Moves one iteration and sets the aggregation level of its new status; False if it was not in `from_status`."""
+    lock_population(tx, key.population)
     changes = {"aggregation_level": _LEVELS[to_status]} if to_status in _LEVELS else {}
     where = [schema.of_iteration(schema.iteration, key)]
     return bool(transitions.move(tx, transitions.ITERATION, where, from_status, to_status, now, **changes))
@@ -178,28 +179,31 @@ def close_and_open_next(
     key: IterationKey,
     *,
     metrics: Mapping[str, float | None],
-    entry: LedgerEntry | None,
+    releases: Sequence[Release],
+    standing: Standing | None,
     following: NewIteration | None,
     now: datetime,
+    end: Reason | None = None,
 ) -> bool:
-    """Releases an iteration: APPLYING -> COMPLETED, its metrics, its ledger entry, and what comes next, or nothing.
+    """Releases an iteration: APPLYING -> COMPLETED, its metrics, its ledger entries, and what comes next, or nothing.
 
-    What comes next: with `following` None and the iteration id at the task's total, the task completes; with
-    `following` None below the total (an evaluation without a checkpoint) the task stays OPEN; else `following` opens.
-    False, and nothing written, if the iteration was not APPLYING or its successor exists already: another worker was
-    first. Raises ValueError if `following` or `entry` belongs to another iteration, and whatever the database
-    raises; the transaction is then back where it was.
+    What comes next: with `following` None and the iteration id at the task's total, or with a reason in `end`, the
+    task completes; with neither (an evaluation without a checkpoint) the task stays OPEN; else `following` opens.
+    `standing`: see `append_releases`. False, and nothing written, if the iteration was not APPLYING or its successor
+    exists already: another worker was first. Raises LedgerMoved if the standing is no longer true, ValueError if
+    `following` or one of `releases` belongs to another iteration, and whatever the database raises; the transaction
+    is then back where it was.
 
-    Formal guarantees: for one iteration at most one ledger entry is ever stored, and an iteration is COMPLETED with a
-    release only in the transaction that stores the entry given for it.
+    Formal guarantees: for one iteration at most one entry is ever stored for each thing that it releases, and an
+    iteration is COMPLETED with a release only in the transaction that stores the entries given for it.
     """
-    if entry is not None and entry.iteration != key:
-        raise ValueError(f"the ledger entry of {entry.iteration} cannot close {key}")
     if following is not None and (following.key.task != key.task or following.key.iteration_id != key.iteration_id + 1):
         raise ValueError(f"{following.key} does not follow {key}")
+    # Before the savepoint: going back to it would give the lock away.
+    lock_population(tx, key.population)
     savepoint = tx.begin_nested()
     try:
-        closed = _close(tx, key, metrics, entry, following, now)
+        closed = _close(tx, key, metrics, releases, standing, following, now, end)
     except BaseException:
         savepoint.rollback()
         raise
@@ -210,27 +214,43 @@ def close_and_open_next(
     return closed
 
 
+def end_unreleased(tx: Transaction, key: IterationKey, standing: Standing, reason: Reason, now: datetime) -> bool:
+    """Ends a round that may not be released: APPLYING -> CANCELED, its task COMPLETED for `reason`.
+
+    False, and nothing written, if the iteration was not APPLYING. Raises LedgerMoved, and writes nothing, if the
+    standing that this was decided from is no longer true.
+    """
+    lock_population(tx, key.population)
+    if standing_of(tx, key.population) != standing:
+        raise LedgerMoved(f"the ledger or the budget of {key.population} has moved on")
+    if not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.CANCELED, now):
+        return False
+    complete_task(tx, key.task, now, reason=reason)
+    return True
+
+
 def _close(
     tx: Transaction,
     key: IterationKey,
     metrics: Mapping[str, float | None],
-    entry: LedgerEntry | None,
+    releases: Sequence[Release],
+    standing: Standing | None,
     following: NewIteration | None,
     now: datetime,
+    end: Reason | None,
 ) -> bool:
     task = schema.task
-    row = tx.execute(
-        select(task.c.status, task.c.total_iteration).where(schema.of_task(task, key.task)).with_for_update()
-    ).one_or_none()
-    if row is None or not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.COMPLETED, now):
+    total = tx.execute(select(task.c.total_iteration).where(schema.of_task(task, key.task))).scalar_one_or_none()
+    if total is None or not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.COMPLETED, now):
         return False
     record_metrics(tx, key, metrics, now)
-    if entry is not None:
-        record_entry(tx, entry)
-    if key.iteration_id >= row.total_iteration:
+    append_releases(tx, key, releases, standing, now)
+    if key.iteration_id >= total:
         if following is not None:
-            raise ValueError(f"the task of {key} ends after {row.total_iteration} iterations")
+            raise ValueError(f"the task of {key} ends after {total} iterations")
         return complete_task(tx, key.task, now)
+    if end is not None:
+        return complete_task(tx, key.task, now, reason=end)
     return following is None or create_iteration(tx, following, now)
 
 

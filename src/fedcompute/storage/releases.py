@@ -1,37 +1,36 @@
 """What left the server about devices: completed rounds, metrics, the privacy ledger (spec/server.md 5.5, 9)."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import Row, func, insert, select, text
 
-from fedcompute.errors import OperationFailed, Reason
+from fedcompute.privacy.budget import Budget
+from fedcompute.privacy.chain import Entry, Release, chained
 from fedcompute.storage import schema
-from fedcompute.storage.database import Transaction
+from fedcompute.storage.budgets import budget_of
+from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.schema import IterationStatus
 
 LIST_LIMIT = 100_000
+_LOCK = 0x6C6564676572
+_LEDGER = schema.privacy_ledger
+
+
+class LedgerMoved(Exception):
+    """Since the caller looked, the population was charged for something or its budget changed; nothing is written."""
 
 
 @dataclass(frozen=True)
-class LedgerEntry:
-    """One release under differential privacy, as data that an accountant reads; epsilon is never stored.
+class Standing:
+    """What a decision about a budget rests on: the population's last charged entry (0: none) and its budget."""
 
-    `event` holds `"class"` (a name of dp-accounting's events) and that event's arguments; `clip_norm` is the L2 norm
-    in model units (None where nothing is clipped), `report_goal` the fixed denominator, `contributions` the devices
-    that the released sum holds.
-    """
-
-    iteration: IterationKey
-    event: Mapping[str, Any]
-    clip_norm: float | None
-    report_goal: int
-    contributions: int
-    created: datetime
+    last_charge: int
+    budget: Budget | None
 
 
 @dataclass(frozen=True)
@@ -103,52 +102,107 @@ def record_metrics(tx: Transaction, key: IterationKey, metrics: Mapping[str, flo
 
 
 def ledger_entries(
-    tx: Transaction, population: str, *, task: TaskKey | None = None, limit: int = LIST_LIMIT
-) -> list[LedgerEntry]:
-    """What a population's devices were charged for, in the order of release; `task` narrows it to one task.
-
-    Raises OperationFailed(STORAGE_FAILED) if there are more than `limit`: a part of a ledger would understate the loss.
-    """
-    table = schema.privacy_ledger
+    tx: Transaction, population: str, *, task: TaskKey | None = None, after: int = 0, limit: int = LIST_LIMIT
+) -> list[Entry]:
+    """A population's ledger in its order, from the entry behind `after`, at most `limit` of it; `task` narrows it."""
     query = (
-        select(table)
-        .where(table.c.population_name == population)
-        .order_by(table.c.created_time, table.c.task_id, table.c.iteration_id)
-        .limit(limit + 1)
+        select(_LEDGER)
+        .where(_LEDGER.c.population_name == population, _LEDGER.c.sequence > after)
+        .order_by(_LEDGER.c.sequence)
+        .limit(limit)
     )
     if task is not None:
-        query = query.where(schema.of_task(table, task))
-    rows = tx.execute(query).all()
-    if len(rows) > limit:
-        raise OperationFailed(Reason.STORAGE_FAILED, f"the ledger of {population} has more than {limit} entries")
-    return [
-        LedgerEntry(
-            iteration=IterationKey(row.population_name, row.task_id, row.iteration_id),
-            event=row.event,
-            clip_norm=row.clip_norm,
-            report_goal=row.report_goal,
-            contributions=row.contributions,
-            created=row.created_time,
-        )
-        for row in rows
-    ]
+        query = query.where(schema.of_task(_LEDGER, task))
+    return [_entry(row) for row in tx.execute(query)]
 
 
-def record_entry(tx: Transaction, entry: LedgerEntry) -> None:
-    """Adds one entry; raises `sqlalchemy.exc.IntegrityError` if the iteration has one already.
-
-    Formal guarantees: entries are only ever added, one per iteration; no function of this package changes or deletes
-    one, and they outlive their task's rows.
-    """
-    tx.execute(
-        insert(schema.privacy_ledger).values(
-            population_name=entry.iteration.population,
-            task_id=entry.iteration.task_id,
-            iteration_id=entry.iteration.iteration_id,
-            event=dict(entry.event),
-            clip_norm=entry.clip_norm,
-            report_goal=entry.report_goal,
-            contributions=entry.contributions,
-            created_time=entry.created,
-        )
+def charged_entries(tx: Transaction, population: str, *, after: int = 0) -> list[Entry]:
+    """Every entry behind `after` that a population is charged for, in its order: a part would understate the loss."""
+    query = (
+        select(_LEDGER)
+        .where(_LEDGER.c.population_name == population, _LEDGER.c.sequence > after, _LEDGER.c.event.is_not(None))
+        .order_by(_LEDGER.c.sequence)
     )
+    return [_entry(row) for row in tx.execute(query)]
+
+
+def count_entries(tx: Transaction, population: str) -> dict[int, int]:
+    """Task id -> number of the ledger's entries."""
+    query = (
+        select(_LEDGER.c.task_id, func.count())
+        .where(_LEDGER.c.population_name == population)
+        .group_by(_LEDGER.c.task_id)
+        .order_by(_LEDGER.c.task_id)
+    )
+    return {row[0]: row[1] for row in tx.execute(query)}
+
+
+def standing_of(tx: Transaction, population: str) -> Standing:
+    """What a decision about the population's next release rests on."""
+    last = tx.execute(
+        select(_LEDGER.c.sequence)
+        .where(_LEDGER.c.population_name == population, _LEDGER.c.event.is_not(None))
+        .order_by(_LEDGER.c.sequence.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return Standing(last or 0, budget_of(tx, population))
+
+
+def append_releases(
+    tx: Transaction, key: IterationKey, releases: Sequence[Release], standing: Standing | None, now: datetime
+) -> list[Entry]:
+    """Chains what a round releases to its population's ledger, all of it together, and returns the entries.
+
+    `standing`: what was known when it was decided that the round may be charged; None for a round that charges
+    nothing, which repeats the cumulative epsilon of the entry before it. Raises LedgerMoved if it has changed since,
+    ValueError for releases of another round or a charge without a standing, and `sqlalchemy.exc.IntegrityError` if
+    one of them is in the ledger already.
+
+    Formal guarantees: entries are only ever added, one per thing that a round releases; no function of this package
+    changes or deletes one, and they outlive their task's rows. With a standing, no charge lies between the one that
+    the decision knew of and these.
+    """
+    if any(IterationKey(one.population, one.task_id, one.iteration_id, key.attempt_id) != key for one in releases):
+        raise ValueError(f"the ledger entries of {key} belong to another round")
+    lock_population(tx, key.population)
+    charges = any(one.event is not None for one in releases)
+    if charges and standing is None:
+        raise ValueError(f"{key} is charged for without a look at the ledger")
+    _take_turns(tx, key.population)
+    last = tx.execute(
+        select(_LEDGER).where(_LEDGER.c.population_name == key.population).order_by(_LEDGER.c.sequence.desc()).limit(1)
+    ).one_or_none()
+    if standing is not None and standing_of(tx, key.population) != standing:
+        raise LedgerMoved(f"the ledger or the budget of {key.population} has moved on")
+    before = None if last is None else _entry(last)
+    entries: list[Entry] = []
+    for release in releases:
+        if not charges:
+            epsilon, delta = (before.cumulative_epsilon, before.delta) if before else (0.0, release.delta)
+            release = replace(release, cumulative_epsilon=epsilon, delta=delta)
+        entries.append(chained(entries[-1] if entries else before, release, _created(now)))
+    if entries:
+        tx.execute(insert(_LEDGER), [_values(entry, now) for entry in entries])
+    return entries
+
+
+def _take_turns(tx: Transaction, population: str) -> None:
+    # SQLite has one writer at a time; elsewhere two releases of a population would both be its next entry.
+    if tx.dialect.name == "postgresql":
+        tx.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended(:name, :salt))"), {"name": population, "salt": _LOCK}
+        )
+
+
+def _created(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _values(entry: Entry, now: datetime) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(entry).items() if name in _LEDGER.c}
+    return values | {"population_name": entry.population, "created_time": now}
+
+
+def _entry(row: Row[Any]) -> Entry:
+    values = {name: value for name, value in row._mapping.items() if name not in ("population_name", "created_time")}
+    return Entry(**values, population=row.population_name, created=_created(row.created_time))

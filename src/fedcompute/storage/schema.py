@@ -27,6 +27,7 @@ from sqlalchemy import (
     and_,
     text,
 )
+from sqlalchemy.types import TypeEngine
 
 from fedcompute.protos import task_pb2
 from fedcompute.storage.keys import IterationKey, TaskKey
@@ -123,6 +124,28 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class Name(TypeDecorator[str]):
+    """Text of at most `length` characters (None: any) that compares and sorts by its characters' codes.
+
+    Databases have an order of their own for text, which their operator chose. PostgreSQL takes no NUL; one becomes
+    U+FFFD on the way in, so that a name with a NUL in it, which nothing has, is asked for and not found.
+    """
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, length: int | None = None) -> None:
+        super().__init__(length)
+        self.length = length
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[str]:
+        collation = "C" if dialect.name == "postgresql" else None
+        return String(self.length, collation=collation) if self.length else Text(collation=collation)
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd")
+
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -141,7 +164,7 @@ def _keys(names: tuple[str, ...]) -> list[Column[object]]:
     return [Column(name, _KEY_TYPES.get(name, BigInteger), primary_key=True, autoincrement=False) for name in names]
 
 
-_KEY_TYPES = {"population_name": String(64), "session_id": String(64), "batch_id": String(64)}
+_KEY_TYPES = {"population_name": Name(64), "session_id": Name(64), "batch_id": Name(64)}
 
 
 def _child_of(parent: str, names: tuple[str, ...]) -> ForeignKeyConstraint:
@@ -179,10 +202,11 @@ task = Table(
     Column("start_task_no_earlier_than", UtcDateTime),
     Column("do_not_create_iteration_after", UtcDateTime),
     Column("max_parallel", BigInteger, nullable=False),
-    Column("correlation_id", Text, nullable=False),
-    Column("min_client_version", String(32), nullable=False),
-    Column("max_client_version", String(32), nullable=False),
+    Column("correlation_id", Name(), nullable=False),
+    Column("min_client_version", Name(32), nullable=False),
+    Column("max_client_version", Name(32), nullable=False),
     Column("info", JSON, nullable=False),
+    Column("reason", Name(64)),
     Index("ix_task_status", "status"),
     # The rule "one active task of a kind in a population" belongs to the database: two creators cannot both win.
     Index(
@@ -211,8 +235,8 @@ iteration = Table(
     Column("info", JSON, nullable=False),
     Column("aggregation_level", BigInteger, nullable=False),
     Column("max_aggregation_size", BigInteger, nullable=False),
-    Column("min_client_version", String(32), nullable=False),
-    Column("max_client_version", String(32), nullable=False),
+    Column("min_client_version", Name(32), nullable=False),
+    Column("max_client_version", Name(32), nullable=False),
     _child_of("task", TASK_COLUMNS),
     Index("ix_iteration_status", "status"),
     Index("ix_iteration_population_name_status", "population_name", "status"),
@@ -233,9 +257,9 @@ assignment = Table(
     *_keys(ASSIGNMENT_COLUMNS),
     *_status(),
     Column("created_time", UtcDateTime, nullable=False),
-    Column("correlation_id", Text, nullable=False),
-    Column("batch_id", String(64)),
-    Column("rejection", String(64)),
+    Column("correlation_id", Name(), nullable=False),
+    Column("batch_id", Name(64)),
+    Column("rejection", Name(64)),
     _child_of("iteration", ITERATION_COLUMNS),
     # The wire names a session without its attempt, so a session is found by its id alone.
     Index("uq_assignment_session_id", "session_id", unique=True),
@@ -247,8 +271,8 @@ assignment_status_history = Table(
     "assignment_status_history",
     metadata,
     *_log(ASSIGNMENT_COLUMNS),
-    Column("batch_id", String(64)),
-    Column("rejection", String(64)),
+    Column("batch_id", Name(64)),
+    Column("rejection", Name(64)),
     _child_of("assignment", ASSIGNMENT_COLUMNS),
 )
 
@@ -262,8 +286,8 @@ aggregation_batch = Table(
     Column("batch_size", BigInteger, nullable=False),
     Column("accepted_size", BigInteger),
     # `{population}/{task}/{iteration}/{attempt}` of a 64-character population needs more than 64 characters.
-    Column("created_by_partition", String(160), nullable=False),
-    Column("aggregated_by", String(64)),
+    Column("created_by_partition", Name(160), nullable=False),
+    Column("aggregated_by", Name(64)),
     _child_of("iteration", ITERATION_COLUMNS),
     Index("ix_aggregation_batch_iteration_status", *ITERATION_COLUMNS, "aggregation_level", "status"),
 )
@@ -273,8 +297,8 @@ aggregation_batch_status_history = Table(
     metadata,
     *_log(BATCH_COLUMNS),
     Column("aggregation_level", BigInteger, nullable=False),
-    Column("created_by_partition", String(160), nullable=False),
-    Column("aggregated_by", String(64)),
+    Column("created_by_partition", Name(160), nullable=False),
+    Column("aggregated_by", Name(64)),
     Column("accepted_size", BigInteger),
     _child_of("aggregation_batch", BATCH_COLUMNS),
 )
@@ -283,7 +307,7 @@ model_metrics = Table(
     "model_metrics",
     metadata,
     *_keys((*TASK_COLUMNS, "iteration_id")),
-    Column("metric_name", Text, primary_key=True),
+    Column("metric_name", Name(), primary_key=True),
     Column("metric_value", Float(53)),
     Column("created_time", UtcDateTime, nullable=False),
     _child_of("task", TASK_COLUMNS),
@@ -294,19 +318,41 @@ model_metrics = Table(
 privacy_ledger = Table(
     "privacy_ledger",
     metadata,
-    *_keys((*TASK_COLUMNS, "iteration_id")),
-    Column("event", JSON, nullable=False),
+    Column("population_name", Name(64), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("task_id", BigInteger, nullable=False),
+    Column("iteration_id", BigInteger, nullable=False),
+    Column("released", Name(16), nullable=False),
+    Column("mechanism", Name(32), nullable=False),
+    Column("event", JSON(none_as_null=True)),
+    Column("claim", JSON(none_as_null=True)),
     Column("clip_norm", Float(53)),
     Column("report_goal", BigInteger, nullable=False),
     Column("contributions", BigInteger, nullable=False),
+    Column("cumulative_epsilon", Float(53)),
+    Column("delta", Float(53), nullable=False),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("previous_hash", Name(64), nullable=False),
+    Column("hash", Name(64), nullable=False),
+    # One round releases one thing once, whatever is delivered twice.
+    Index("uq_privacy_ledger_release", "population_name", "task_id", "iteration_id", "released", unique=True),
+)
+
+privacy_budget = Table(
+    "privacy_budget",
+    metadata,
+    Column("population_name", Name(64), primary_key=True),
+    Column("epsilon", Float(53), nullable=False),
+    Column("delta", Float(53), nullable=False),
+    Column("assumption", Name(32), nullable=False),
     Column("created_time", UtcDateTime, nullable=False),
 )
 
 idempotency = Table(
     "idempotency",
     metadata,
-    Column("key_hash", String(64), primary_key=True),
-    Column("session_id", String(64), nullable=False),
+    Column("key_hash", Name(64), primary_key=True),
+    Column("session_id", Name(64), nullable=False),
     Column("expires", UtcDateTime, nullable=False),
     Index("ix_idempotency_expires", "expires"),
 )
@@ -314,7 +360,7 @@ idempotency = Table(
 encryption_key = Table(
     "encryption_key",
     metadata,
-    Column("id", String(64), primary_key=True),
+    Column("id", Name(64), primary_key=True),
     Column("public_key", LargeBinary, nullable=False),
     Column("private_key", LargeBinary, nullable=False),
     Column("created", UtcDateTime, nullable=False),
@@ -325,7 +371,7 @@ encryption_key = Table(
 server_secret = Table(
     "server_secret",
     metadata,
-    Column("name", String(64), primary_key=True),
+    Column("name", Name(64), primary_key=True),
     Column("value", LargeBinary, nullable=False),
     Column("created", UtcDateTime, nullable=False),
 )
@@ -333,8 +379,8 @@ server_secret = Table(
 lease = Table(
     "lease",
     metadata,
-    Column("name", String(200), primary_key=True),
-    Column("holder", String(64), nullable=False),
+    Column("name", Name(200), primary_key=True),
+    Column("holder", Name(64), nullable=False),
     Column("expires", UtcDateTime, nullable=False),
 )
 

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema, transitions
-from fedcompute.storage.database import Transaction
+from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.schema import ACTIVE_ITERATION, TO_API, IterationStatus, TaskKind, TaskStatus
 
@@ -47,6 +47,7 @@ class TaskRow:
     stopped: datetime | None
     start_no_earlier_than: datetime | None
     do_not_create_iteration_after: datetime | None
+    reason: str | None = None  # code of why it ended early
 
     @property
     def is_training(self) -> bool:
@@ -67,6 +68,7 @@ def create_task(tx: Transaction, task: task_pb2.Task, now: datetime) -> TaskRow:
     kind = _kind(info)
     table = schema.task
     population = task.population_name
+    lock_population(tx, population)
     active = tx.execute(
         select(table.c.task_id).where(
             table.c.population_name == population,
@@ -99,7 +101,7 @@ def create_task(tx: Transaction, task: task_pb2.Task, now: datetime) -> TaskRow:
         with tx.begin_nested():
             transitions.enter(tx, transitions.TASK, values, TaskStatus.CREATED, now)
     except IntegrityError:
-        # PostgreSQL only: another creator committed after the questions above.
+        # The questions above were asked under the lock; this is the database's own word on the rule.
         raise RequestRejected(
             Reason.TASK_CONFLICT, f"another task of population {population} was created at the same moment"
         ) from None
@@ -140,14 +142,14 @@ def open_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
     return _move(tx, key, TaskStatus.CREATED, TaskStatus.OPEN, now, start_time=now)
 
 
-def complete_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
-    """OPEN -> COMPLETED; False if the task was not OPEN."""
-    return _move(tx, key, TaskStatus.OPEN, TaskStatus.COMPLETED, now, stop_time=now)
+def complete_task(tx: Transaction, key: TaskKey, now: datetime, *, reason: Reason | None = None) -> bool:
+    """OPEN -> COMPLETED; False if the task was not OPEN. `reason`: why, if it has not run all of its rounds."""
+    return _move(tx, key, TaskStatus.OPEN, TaskStatus.COMPLETED, now, stop_time=now, reason=_code(reason))
 
 
-def fail_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
+def fail_task(tx: Transaction, key: TaskKey, now: datetime, *, reason: Reason | None = None) -> bool:
     """CREATED or OPEN -> FAILED, its active iterations -> CANCELED; False if the task was in neither state."""
-    return _stop(tx, key, (TaskStatus.OPEN, TaskStatus.CREATED), TaskStatus.FAILED, now)
+    return _stop(tx, key, (TaskStatus.OPEN, TaskStatus.CREATED), TaskStatus.FAILED, now, reason=_code(reason))
 
 
 def cancel_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
@@ -204,16 +206,24 @@ def task_row(row: Row[Any]) -> TaskRow:
         stopped=row.stop_time,
         start_no_earlier_than=row.start_task_no_earlier_than,
         do_not_create_iteration_after=row.do_not_create_iteration_after,
+        reason=row.reason,
     )
 
 
 def _move(tx: Transaction, key: TaskKey, old: TaskStatus, new: TaskStatus, now: datetime, **changes: Any) -> bool:
+    lock_population(tx, key.population)
     moved = transitions.move(tx, transitions.TASK, [schema.of_task(schema.task, key)], old, new, now, **changes)
     return bool(moved)
 
 
-def _stop(tx: Transaction, key: TaskKey, olds: Collection[TaskStatus], new: TaskStatus, now: datetime) -> bool:
-    if not any(_move(tx, key, old, new, now, stop_time=now) for old in olds):
+def _code(reason: Reason | None) -> str | None:
+    return None if reason is None else reason.value
+
+
+def _stop(
+    tx: Transaction, key: TaskKey, olds: Collection[TaskStatus], new: TaskStatus, now: datetime, **changes: Any
+) -> bool:
+    if not any(_move(tx, key, old, new, now, stop_time=now, **changes) for old in olds):
         return False
     for status in ACTIVE_ITERATION:
         where = [schema.of_task(schema.iteration, key)]
@@ -237,14 +247,19 @@ def _kind(info: task_pb2.TaskInfo) -> TaskKind:
     return TaskKind.TRAINING if info.WhichOneof("info") == "training_info" else TaskKind.EVALUATION
 
 
+def population_problems(name: str) -> list[str]:
+    """What makes a name no population's."""
+    if not name:
+        return ["population_name is empty"]
+    if len(name) > POPULATION_LIMIT:
+        return [f"population_name has {len(name)} characters, at most {POPULATION_LIMIT}"]
+    if not _POPULATION.fullmatch(name) or name in (".", ".."):
+        return ["population_name may hold ASCII letters, digits and ._~:@!$&'()*+,;=- only"]
+    return []
+
+
 def _problems(task: task_pb2.Task, info: task_pb2.TaskInfo) -> list[str]:
-    problems = []
-    if not task.population_name:
-        problems.append("population_name is empty")
-    elif len(task.population_name) > POPULATION_LIMIT:
-        problems.append(f"population_name has {len(task.population_name)} characters, at most {POPULATION_LIMIT}")
-    elif not _POPULATION.fullmatch(task.population_name) or task.population_name in (".", ".."):
-        problems.append("population_name may hold ASCII letters, digits and ._~:@!$&'()*+,;=- only")
+    problems = population_problems(task.population_name)
     if task.status not in (task_pb2.TaskStatus.UNKNOWN, task_pb2.TaskStatus.CREATED):
         problems.append("status must be unset or CREATED")
     if task.total_iteration <= 0:

@@ -1,7 +1,7 @@
 """How every status changes: a conditional update of the main row, and its history, in one transaction.
 
-The update comes first and takes the row's lock, so of two racers one changes the row and the other changes nothing;
-there is no read before it whose answer could be stale (spec/server.md 4.5, lessons C7 and C9).
+The update takes the row's lock and asks for the old status under it, so of two racers one changes the row and the other
+changes nothing; there is no read before it whose answer could be stale (spec/server.md 4.5, lessons C7 and C9).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Table, insert, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, insert, select, update
 
 from fedcompute.storage import schema
 
@@ -64,12 +64,20 @@ def move(
     now: datetime,
     **changes: Any,
 ) -> list[RowMapping]:
-    """Moves every row that fits `where` and has status `old`; returns each one's key, status and logged columns."""
+    """Moves every row that fits `where` and has status `old`; returns each one's key, status and logged columns.
+
+    Locks several rows in the order of their keys, so that two transactions never wait for each other.
+    """
     table = machine.table
+    condition = [*where, table.c.status == int(old)]
+    if tx.dialect.name == "postgresql":
+        # An update alone would lock them in the order in which it comes upon them.
+        key = [table.c[name] for name in machine.key]
+        tx.execute(select(*key).where(*condition).order_by(*key).with_for_update(key_share=True))
     moved = (
         tx.execute(
             update(table)
-            .where(*where, table.c.status == int(old))
+            .where(*condition)
             .values(status=int(new), status_id=table.c.status_id + 1, status_time=now, **changes)
             .returning(
                 *[table.c[name] for name in (*machine.key, "status_id", "status", "status_time", *machine.logged)]

@@ -11,8 +11,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason, RequestRejected
-from fedcompute.learning.process import exported
+from fedcompute.errors import CATALOGUE, ArtifactInvalid, OperationFailed, Reason, RequestRejected
+from fedcompute.learning.catalogue import AGGREGATORS
+from fedcompute.learning.noise_state import without_noise
+from fedcompute.privacy.chain import MODEL as MODEL_RELEASE
+from fedcompute.privacy.chain import NO_MECHANISM
+from fedcompute.privacy.ledger_document import entry_document
 from fedcompute.server.api.paths import number
 from fedcompute.server.api.tasks import existing_task
 from fedcompute.server.context import Context, context_of
@@ -30,7 +34,7 @@ from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 _LIST_LIMIT = 1000
 _FAILURE_LIMIT = 64 * 1024
 # Their states hold the noise itself.
-_WITH_SECRETS = ("tree_aggregation", "adaptive_tree")
+_WITH_SECRETS = tuple(name for name, entry in AGGREGATORS.items() if entry.restart is not None)
 _RELEASED = (IterationStatus.COMPLETED, IterationStatus.POST_PROCESSED)
 
 
@@ -92,28 +96,23 @@ def _task(context: Context, key: TaskKey) -> dict[str, Any]:
             {"iteration_id": metric.iteration_id, "name": metric.name, "value": metric.value}
             for metric in metrics_of(tx, key)
         ]
-        ledger = [
-            {
-                "iteration_id": entry.iteration.iteration_id,
-                "event": dict(entry.event),
-                "clip_norm": entry.clip_norm,
-                "report_goal": entry.report_goal,
-                "contributions": entry.contributions,
-                "time": entry.created.isoformat(),
-            }
-            for entry in ledger_entries(tx, key.population, task=key)
-        ]
+        entries = ledger_entries(tx, key.population, task=key)
     assignments: Counter[str] = Counter()
     for one_round in rounds:
         assignments.update(one_round["assignments"])
     return {
         "task": _summary(row),
-        "failure": _failure(context, key),
+        "failure": _failure(context, row),
         "iterations": rounds,
         "assignments": assignments,
         "rejections": rejections,
         "metrics": metrics,
-        "ledger": ledger,
+        # The noised models alone, as reports count them; everything released is in the population's ledger.
+        "ledger": [
+            {**entry_document(entry), "time": entry.created}
+            for entry in entries
+            if entry.released == MODEL_RELEASE and entry.mechanism != NO_MECHANISM
+        ],
     }
 
 
@@ -130,6 +129,7 @@ def _summary(row: TaskRow) -> dict[str, Any]:
         "max_client_version": row.max_client_version,
         "traffic_weight": row.info.traffic_weight,
         "info": MessageToDict(row.info, preserving_proto_field_name=True),
+        "reason": row.reason,
         "created": row.created.isoformat(),
         "opened": row.started.isoformat() if row.started else None,
         "stopped": row.stopped.isoformat() if row.stopped else None,
@@ -152,11 +152,15 @@ def _iteration(row: IterationRow, counts: Mapping[AssignmentStatus, int], comple
     }
 
 
-def _failure(context: Context, key: TaskKey) -> dict[str, str] | None:
+def _failure(context: Context, row: TaskRow) -> dict[str, str] | None:
     try:
-        document: dict[str, str] = json.loads(context.blobs.get(MODEL, failure_path(key), limit=_FAILURE_LIMIT))
+        document: dict[str, str] = json.loads(context.blobs.get(MODEL, failure_path(row.key), limit=_FAILURE_LIMIT))
     except BlobMissing:
-        return None
+        if row.reason is None:
+            return None
+        # The server was killed before it could say more.
+        remedy = CATALOGUE[Reason(row.reason)].remedy
+        return {"code": row.reason, "message": row.reason.replace("_", " "), "remedy": remedy}
     except (OperationFailed, ValueError):
         return {"code": Reason.STORAGE_FAILED.value, "message": "the reason cannot be read", "remedy": ""}
     return document
@@ -174,7 +178,7 @@ def _checkpoint(context: Context, key: TaskKey, wanted: int | None) -> tuple[byt
         raise RequestRejected(Reason.NOT_FOUND, f"round {iteration_id} of task {key} has released nothing")
     data = _artifact(context, server_checkpoint_path(key, iteration_id))
     if context.plans.server_plan(key).process.WhichOneof("aggregator") in _WITH_SECRETS:
-        data = write_checkpoint(exported(read_checkpoint(data)))
+        data = write_checkpoint(without_noise(read_checkpoint(data)))
     return data, iteration_id
 
 

@@ -9,11 +9,24 @@ from typing import Any
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.executors import Executor
-from fedcompute.storage.keys import BatchKey, IterationKey
+from fedcompute.storage.keys import BatchKey, IterationKey, TaskKey
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 10.0
 _LONGEST_POWER = 10
+
+
+@dataclass(frozen=True)
+class AheadKey:
+    """The job that works out what a round will cost, while its devices train or before it opens."""
+
+    iteration: IterationKey
+
+    def __str__(self) -> str:
+        return f"the cost of {self.iteration}"
+
+
+JobKey = BatchKey | IterationKey | AheadKey
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,9 @@ class Jobs:
         self._executor = executor
         self._attempts = attempts
         self._on_done = on_done
-        self._flights: dict[BatchKey | IterationKey, _Flight] = {}
+        self._flights: dict[JobKey, _Flight] = {}
 
-    def poll(
-        self, key: BatchKey | IterationKey, job: Callable[[Any], Any], argument: Callable[[], Any]
-    ) -> Outcome | None:
+    def poll(self, key: JobKey, job: Callable[[Any], Any], argument: Callable[[], Any]) -> Outcome | None:
         """Returns the outcome of the key's job once it has one; starts the job if it does not run.
 
         The outcome is returned again until `forget`, so a caller that fails to record it may come back.
@@ -87,12 +98,16 @@ class Jobs:
         flight.future, flight.resume = None, time.monotonic() + wait
         self._on_done()
 
-    def forget(self, key: BatchKey | IterationKey) -> None:
+    def forget(self, key: JobKey) -> None:
         """Drops what is known about the key's job, whose outcome is recorded."""
         self._flights.pop(key, None)
 
-    def retain(self, active: Collection[IterationKey]) -> None:
-        """Forgets the jobs of rounds that are not in `active`: a canceled round asks for no outcome."""
+    def retain(self, active: Collection[IterationKey], waiting: Collection[TaskKey] = ()) -> None:
+        """Forgets the jobs of rounds that are neither in `active` nor one that a task in `waiting` may open next.
+
+        A canceled round asks for no outcome.
+        """
         for key in list(self._flights):
-            if (key.iteration if isinstance(key, BatchKey) else key) not in active:
+            iteration = key if isinstance(key, IterationKey) else key.iteration
+            if iteration not in active and not (isinstance(key, AheadKey) and iteration.task in waiting):
                 self.forget(key)

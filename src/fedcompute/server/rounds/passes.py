@@ -8,6 +8,7 @@ from functools import partial
 from fedcompute.errors import FedComputeError
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.collect import collect, finish_aggregating, time_out
+from fedcompute.server.rounds.order import forget_preparations, look_ahead
 from fedcompute.server.rounds.release import apply
 from fedcompute.server.rounds.schedule import advance, open_if_complete
 from fedcompute.storage.assignments import forget_idempotency
@@ -50,7 +51,13 @@ class Passes:
         changed |= self._each((str(task.key), partial(advance, context, task)) for task in opened)
         with context.database.read() as tx:
             rounds = list_iterations(tx, statuses=ACTIVE_ITERATION)
-        context.jobs.retain({one.key for one in rounds})
+        context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *opened]})
+        forget_preparations(context, {one.key for one in rounds})
+        changed |= self._each(
+            (f"the cost of {one.key}", partial(look_ahead, context, one))
+            for one in rounds
+            if one.status is IterationStatus.COLLECTING
+        )
         return changed | self._each((str(one.key), partial(_STEPS[one.status], context, one)) for one in rounds)
 
     def _chores(self) -> bool:

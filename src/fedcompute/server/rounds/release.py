@@ -4,25 +4,24 @@ import logging
 import math
 
 from fedcompute.errors import FedComputeError, Reason
-from fedcompute.privacy.ledger import events_document
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.collect import add_up_again
-from fedcompute.server.rounds.schedule import fail
-from fedcompute.server.rounds.update import UpdateJob, UpdateResult, update
+from fedcompute.server.rounds.order import order, result_paths
+from fedcompute.server.rounds.schedule import fail, tell_overspent
+from fedcompute.server.rounds.spending import Overspent
+from fedcompute.server.rounds.update import UpdateResult, update
 from fedcompute.storage.assignments import cancel_unused
-from fedcompute.storage.batches import list_batches
-from fedcompute.storage.iterations import IterationRow, close_and_open_next, move_iteration, next_iteration
-from fedcompute.storage.keys import TaskKey
-from fedcompute.storage.paths import (
-    aggregate_path,
-    client_checkpoint_path,
-    metrics_path,
-    server_checkpoint_path,
-    server_plan_path,
+from fedcompute.storage.iterations import (
+    IterationRow,
+    close_and_open_next,
+    end_unreleased,
+    move_iteration,
+    next_iteration,
 )
-from fedcompute.storage.releases import LedgerEntry
-from fedcompute.storage.schema import BatchStatus, IterationStatus
-from fedcompute.storage.tasks import TaskRow, get_task
+from fedcompute.storage.paths import MODEL
+from fedcompute.storage.releases import LedgerMoved
+from fedcompute.storage.schema import IterationStatus
+from fedcompute.storage.tasks import get_task
 
 _LOG = logging.getLogger(__name__)
 _DAMAGED_SUM = (Reason.PARTIAL_SUM_MALFORMED, Reason.PARTIAL_SUM_MISMATCH)
@@ -33,7 +32,7 @@ def apply(context: Context, iteration: IterationRow) -> bool:
 
     Sums that lie damaged in the store are made anew from their uploads, once.
     """
-    outcome = context.jobs.poll(iteration.key, update, lambda: _job(context, iteration))
+    outcome = context.jobs.poll(iteration.key, update, lambda: order(context, iteration))
     if outcome is None:
         return False
     if outcome.error is not None and outcome.error.reason in _DAMAGED_SUM and iteration.key not in context.repaired:
@@ -45,78 +44,59 @@ def apply(context: Context, iteration: IterationRow) -> bool:
         if again:
             context.jobs.forget(iteration.key)
             return True
-    if outcome.error is not None:
-        _give_up(context, iteration, outcome.error)
-    else:
-        _close(context, iteration, outcome.result)
+    try:
+        if outcome.error is not None:
+            _give_up(context, iteration, outcome.error)
+        elif isinstance(outcome.result, Overspent):
+            _refuse(context, iteration, outcome.result)
+        else:
+            _close(context, iteration, outcome.result)
+    except LedgerMoved as moved:
+        _LOG.info("round %s is looked at again: %s", iteration.key, moved)
     context.jobs.forget(iteration.key)
     return True
 
 
 def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> None:
     metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
+    charged = any(one.event is not None for one in result.releases)
     with context.database.write() as tx:
         task = get_task(tx, iteration.key.task)
         assert task is not None, "an iteration's foreign key is its task"
+        goes_on = iteration.key.iteration_id < task.total_iteration and result.no_more is None
         closed = close_and_open_next(
             tx,
             iteration.key,
             metrics=metrics,
-            entry=_entry(iteration, result),
+            releases=result.releases,
+            standing=result.standing if charged else None,
             # An evaluation's next round needs a checkpoint of its own choice; the next pass makes it.
-            following=next_iteration(task, iteration) if _trains_on(task, iteration) else None,
+            following=next_iteration(task, iteration) if task.is_training and goes_on else None,
             now=now(),
+            end=None if result.no_more is None else Reason.BUDGET_SPENT,
         )
         if closed:
             cancel_unused(tx, iteration.key, now())
     if closed:
         _LOG.info("round %s is complete with %d contributions", iteration.key, result.contributions)
+    if closed and result.no_more is not None:
+        tell_overspent(context, iteration.key.task, result.no_more)
 
 
-def _trains_on(task: TaskRow, iteration: IterationRow) -> bool:
-    return task.is_training and iteration.key.iteration_id < task.total_iteration
-
-
-def _entry(iteration: IterationRow, result: UpdateResult) -> LedgerEntry | None:
-    if not result.events:
-        return None
-    return LedgerEntry(
-        iteration=iteration.key,
-        event=events_document(result.events),
-        clip_norm=result.clip_norm,
-        report_goal=iteration.report_goal,
-        contributions=result.contributions,
-        created=now(),
-    )
+def _refuse(context: Context, iteration: IterationRow, overspent: Overspent) -> None:
+    with context.database.write() as tx:
+        ended = end_unreleased(tx, iteration.key, overspent.standing, Reason.BUDGET_SPENT, now())
+        if ended:
+            cancel_unused(tx, iteration.key, now())
+            # An earlier run of the job, which knew of fewer charges, may have stored its result. Before the end of the
+            # transaction: whoever is killed here comes again.
+            for path in result_paths(iteration):
+                context.blobs.delete(MODEL, path)
+    if ended:
+        tell_overspent(context, iteration.key.task, overspent)
 
 
 def _give_up(context: Context, iteration: IterationRow, error: FedComputeError) -> None:
     with context.database.write() as tx:
         move_iteration(tx, iteration.key, IterationStatus.APPLYING, IterationStatus.APPLYING_FAILED, now())
     fail(context, iteration.key.task, error)
-
-
-def _job(context: Context, iteration: IterationRow) -> UpdateJob:
-    task, result_id = iteration.key.task, iteration.result_id
-    with context.database.read() as tx:
-        row = get_task(tx, task)
-        batches = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
-    assert row is not None, "an iteration's foreign key is its task"
-    return UpdateJob(
-        blob_url=context.settings.blobs,
-        plan_path=server_plan_path(task),
-        base_path=_base_path(row, iteration),
-        sum_paths=tuple(aggregate_path(task, result_id, batch.key.batch_id) for batch in batches),
-        checkpoint_path=server_checkpoint_path(task, result_id),
-        client_checkpoint_path=client_checkpoint_path(task, result_id),
-        metrics_path=metrics_path(task, result_id),
-        max_checkpoint_bytes=context.settings.max_checkpoint_bytes,
-    )
-
-
-def _base_path(task: TaskRow, iteration: IterationRow) -> str:
-    if task.is_training:
-        return server_checkpoint_path(task.key, iteration.base_on_result_id)
-    info = task.info.evaluation_info
-    training = TaskKey(info.training_population_name, info.training_task_id)
-    return server_checkpoint_path(training, iteration.info.evaluation_training_iteration_id)

@@ -4,12 +4,14 @@ import json
 import logging
 
 from fedcompute.crypto.envelope import GZIP_MAGIC, gzip_bytes
-from fedcompute.errors import ArtifactInvalid, FedComputeError, Reason
+from fedcompute.errors import ArtifactInvalid, FedComputeError, OperationFailed, Reason
 from fedcompute.learning.process import read_state
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.evaluate import candidates, choose
+from fedcompute.server.rounds.order import Outlook, outlook
 from fedcompute.server.rounds.plans import read_example_selector, read_server_plan
+from fedcompute.server.rounds.spending import Overspent
 from fedcompute.server.rounds.update import client_checkpoint_bytes, read_checkpoint_object
 from fedcompute.storage.blobs import BlobMissing
 from fedcompute.storage.iterations import (
@@ -49,12 +51,19 @@ def open_if_complete(context: Context, task: TaskRow) -> bool:
     except ArtifactInvalid as error:
         return fail(context, task.key, error)
     context.warm_up()
+    first = outlook(context, next_iteration(task, None)) if task.is_training else Outlook(known=True)
+    if not first.known:
+        return False
     with context.database.write() as tx:
         opened = open_task(tx, task.key, now())
-        if opened and task.is_training:
+        if opened and first.refused is not None:
+            complete_task(tx, task.key, now(), reason=Reason.BUDGET_SPENT)
+        elif opened and task.is_training:
             # Together: a device that asks in between would be sent away for a day or two.
             create_iteration(tx, next_iteration(task, None), now())
-    if opened:
+    if opened and first.refused is not None:
+        tell_overspent(context, task.key, first.refused)
+    elif opened:
         _LOG.info("task %s is open", task.key)
     return opened
 
@@ -75,14 +84,18 @@ def advance(context: Context, task: TaskRow) -> bool:
             return complete_task(tx, task.key, now())
     if not task.is_training:
         return _next_evaluation(context, task, newest)
+    following = next_iteration(task, newest)
+    ahead = outlook(context, following)
+    if not ahead.known or ahead.refused is not None:
+        return ahead.refused is not None and _end(context, task.key, ahead.refused)
     with context.database.write() as tx:
-        return create_iteration(tx, next_iteration(task, newest), now())
+        return create_iteration(tx, following, now())
 
 
 def fail(context: Context, task: TaskKey, error: FedComputeError) -> bool:
     """Ends a task as FAILED and keeps the reason for the operator; False if it was over already."""
     with context.database.write() as tx:
-        failed = fail_task(tx, task, now())
+        failed = fail_task(tx, task, now(), reason=error.reason)
     if failed:
         _LOG.error("task %s failed: %s", task, error)
         keep_failure(context, task, error)
@@ -93,6 +106,12 @@ def keep_failure(context: Context, task: TaskKey, error: FedComputeError) -> Non
     """Stores why a task failed, as JSON: code, message, remedy."""
     document = {"code": error.reason.value, "message": error.detail, "remedy": error.remedy}
     context.blobs.put(MODEL, failure_path(task), json.dumps(document).encode())
+
+
+def tell_overspent(context: Context, task: TaskKey, overspent: Overspent) -> None:
+    """Keeps, for the operator, why a task ended before its last round."""
+    _LOG.warning("task %s is over: %s", task, overspent)
+    keep_failure(context, task, OperationFailed(Reason.BUDGET_SPENT, str(overspent)))
 
 
 def _prepare(context: Context, task: TaskRow) -> None:
@@ -112,6 +131,14 @@ def _prepare(context: Context, task: TaskRow) -> None:
         blobs.put(MODEL, client_only_plan_path(task.key), gzip_bytes(client_plan))
 
 
+def _end(context: Context, task: TaskKey, overspent: Overspent) -> bool:
+    with context.database.write() as tx:
+        ended = complete_task(tx, task, now(), reason=Reason.BUDGET_SPENT)
+    if ended:
+        tell_overspent(context, task, overspent)
+    return ended
+
+
 def _next_evaluation(context: Context, task: TaskRow, newest: IterationRow | None) -> bool:
     info = task.info.evaluation_info
     training_key = TaskKey(info.training_population_name, info.training_task_id)
@@ -125,6 +152,9 @@ def _next_evaluation(context: Context, task: TaskRow, newest: IterationRow | Non
     if chosen is None:
         return False
     new = next_iteration(task, newest, training_iteration_id=chosen)
+    ahead = outlook(context, new)
+    if not ahead.known or ahead.refused is not None:
+        return ahead.refused is not None and _end(context, task.key, ahead.refused)
     limit = context.settings.max_checkpoint_bytes
     stored = context.blobs.get(MODEL, server_checkpoint_path(training_key, chosen), limit=limit)
     process = context.plans.server_plan(task.key).process

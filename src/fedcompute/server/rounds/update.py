@@ -1,28 +1,48 @@
 """The update job: a round's partial sums in, the released model and metrics out (spec/server.md 6.5)."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedcompute.crypto.envelope import gzip_bytes
-from fedcompute.errors import ArtifactInvalid, Reason
-from fedcompute.learning.contribution import clip_norm_told
+from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
+from fedcompute.learning.contribution import clip_norm_told, empty_sum
+from fedcompute.learning.noise_state import SEALED, begin_noise, open_noise, seal_noise
 from fedcompute.learning.process import (
     client_checkpoint,
     metrics_json,
     metrics_of_checkpoint,
+    read_metrics,
     read_state,
     round_update,
 )
-from fedcompute.privacy.ledger import Event
-from fedcompute.privacy.noise import NoiseSource, SystemNoise
+from fedcompute.privacy.chain import Release
+from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SilentNoise, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.rounds.plans import read_server_plan, read_stored
+from fedcompute.server.rounds.spending import (
+    Overspent,
+    Prospect,
+    Round,
+    Spending,
+    entries_of,
+    events_of,
+    prospect,
+)
 from fedcompute.storage.blobs import BlobMissing, BlobStore, open_blob_store
+from fedcompute.storage.keys import IterationKey
 from fedcompute.storage.paths import AGGREGATED, MODEL
+from fedcompute.storage.releases import Standing
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint, write_checkpoint
 from fedcompute.tensors.partial_sum import PartialSum, decode, merge
-from fedcompute.tensors.tree import Tensors
+from fedcompute.tensors.tree import Tensors, spec_from_proto
+
+# Of a model whose noise is drawn ahead: 32 MiB for a release, some times that where a tree grows.
+_MOST_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -37,46 +57,113 @@ class UpdateJob:
     client_checkpoint_path: str
     metrics_path: str
     max_checkpoint_bytes: int
+    key: IterationKey
+    report_goal: int
+    is_last: bool
+    spending: Spending
+    noise_key: bytes = field(repr=False)
+    prospect: Prospect | None = None  # what is known already of what the round costs
+    draws: tuple[Draw, ...] = field(default=(), repr=False)  # its noise, as far as it is drawn already
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What the round released: metrics (NaN where undefined), the DP events if any, and how many devices are in it."""
+    """What the round may release: metrics (NaN where undefined), its ledger entries, how many devices are in it.
+
+    `standing`: what the entries rest on; `no_more`: why the task's next round could not be released, if so.
+    """
 
     metrics: Mapping[str, float]
-    events: tuple[Event, ...]
-    clip_norm: float | None
+    releases: tuple[Release, ...]
+    standing: Standing
     contributions: int
+    no_more: Overspent | None = None
 
 
-def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult:
+def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | Overspent:
     """Merges the sums, applies them to the model and stores server checkpoint, metrics and client checkpoint.
 
-    `noise`: for an executor that a test makes; servers have no way to name one and always get `SystemNoise`.
+    A round that its population's budget does not allow is not noised at all, and nothing is stored.
+
+    `noise`: for an executor that a test makes; servers have no way to name one and always get `SystemNoise`, part of
+    which may have been drawn while devices trained.
     An evaluation stores its metrics only. Raises ArtifactInvalid for artifacts that do not fit each other and
     OperationFailed for storage that fails.
 
     Formal guarantees: at most one noised result of a round is ever stored. The server checkpoint, which holds state
-    and metrics, is created only if absent; when another run of this job was first, its checkpoint is kept, the other
-    results are derived from it, and the noise drawn here is dropped unseen.
+    and metrics, and an evaluation's metrics are created only if absent; when another run of this job was first, what
+    it stored is kept, the other results are derived from it, and the noise drawn here is dropped unseen. Hence draws
+    made ahead serve one release too, however often the job runs.
     """
     blobs = open_blob_store(job.blob_url)
     limit = job.max_checkpoint_bytes
     plan = read_server_plan(blobs.get(MODEL, job.plan_path, limit=limit), limit)
     process = plan.process
-    base = read_state(process, _read_leaves(blobs, job.base_path, limit))
+    noise = noise or DrawnNoise(job.draws, SystemNoise())
     total = reduce(merge, (_read_sum(blobs, path, plan.digest, limit) for path in job.sum_paths))
-    result = round_update(process, base, total, noise or SystemNoise())
+    this_round = Round(job.key, job.report_goal, total.num_inputs)
+    ahead = _prospect(blobs, process, job, this_round)
+    if ahead.refused is not None:
+        return ahead.refused
+    base = _base(blobs, process, job, noise)
+    result = round_update(process, base, total, noise)
+    if events_of(process, result) != ahead.events:
+        raise OperationFailed(Reason.INTERNAL, f"round {job.key} is not the one whose cost was worked out")
     metrics, state = result.metrics, result.state
     if process.kind == learning_pb2.LearningProcess.TRAINING:
-        data = gzip_bytes(write_checkpoint(result.checkpoint()))
+        stored = seal_noise(result.checkpoint(), job.noise_key, job.checkpoint_path)
+        data = gzip_bytes(write_checkpoint(stored))
         if not blobs.put(MODEL, job.checkpoint_path, data, if_absent=True):
-            released = _read_leaves(blobs, job.checkpoint_path, limit)
+            released = _read_leaves(blobs, job, job.checkpoint_path)
             metrics, state = metrics_of_checkpoint(process, released), read_state(process, released)
         blobs.put(MODEL, job.client_checkpoint_path, client_checkpoint_bytes(process, state))
-    blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
+        blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
+    elif not blobs.put(MODEL, job.metrics_path, metrics_json(metrics), if_absent=True):
+        metrics = read_metrics(blobs.get(MODEL, job.metrics_path, limit=limit))
     clip_norm = clip_norm_told(process, client_checkpoint(process, base)) if result.events else None
-    return UpdateResult(dict(metrics), result.events, clip_norm, total.num_inputs)
+    return UpdateResult(
+        metrics=dict(metrics),
+        releases=entries_of(process, this_round, result, clip_norm, ahead.epsilon),
+        standing=job.spending.standing,
+        contributions=total.num_inputs,
+        no_more=ahead.no_more,
+    )
+
+
+def foresee(job: UpdateJob) -> Prospect:
+    """What a round will cost if it holds no more devices than its goal; looks at no contribution, stores nothing."""
+    blobs = open_blob_store(job.blob_url)
+    limit = job.max_checkpoint_bytes
+    process = read_server_plan(blobs.get(MODEL, job.plan_path, limit=limit), limit).process
+    return _prospect(blobs, process, job, Round(job.key, job.report_goal, job.report_goal))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What can be done for a round while its devices train."""
+
+    prospect: Prospect
+    draws: tuple[Draw, ...] = field(repr=False)
+
+
+def prepare(job: UpdateJob) -> Preparation:
+    """`foresee`, and the round's noise unless it is too much to keep, from a round of nobody that is thrown away.
+
+    Formal guarantees: nothing that depends on a device is looked at, and nothing is stored; the draws are
+    `SystemNoise` and stay in memory until `update` uses them.
+    """
+    found = foresee(job)
+    blobs = open_blob_store(job.blob_url)
+    limit = job.max_checkpoint_bytes
+    process = read_server_plan(blobs.get(MODEL, job.plan_path, limit=limit), limit).process
+    elements = sum(math.prod(spec_from_proto(leaf).shape) for leaf in process.trainable)
+    if found.refused is not None or elements > _MOST_ELEMENTS:
+        return Preparation(found, ())
+    noise = RecordedNoise(SystemNoise())
+    base = _base(blobs, process, job, noise)
+    clip_norm = clip_norm_told(process, client_checkpoint(process, base))
+    round_update(process, base, empty_sum(process, b"", clip_norm), noise)
+    return Preparation(found, tuple(noise.draws))
 
 
 def client_checkpoint_bytes(process: learning_pb2.LearningProcess, state: Tensors) -> bytes:
@@ -89,8 +176,26 @@ def read_checkpoint_object(stored: bytes, limit: int) -> Tensors:
     return read_checkpoint(read_stored(stored, limit), CheckpointLimits(max_bytes=limit))
 
 
-def _read_leaves(blobs: BlobStore, path: str, limit: int) -> Tensors:
-    return read_checkpoint_object(blobs.get(MODEL, path, limit=limit), limit)
+def _prospect(blobs: BlobStore, process: learning_pb2.LearningProcess, job: UpdateJob, this_round: Round) -> Prospect:
+    if job.prospect is not None and job.prospect.fits(job.spending, this_round):
+        return job.prospect
+    silent = SilentNoise()
+    return prospect(job.spending, process, this_round, lambda: _base(blobs, process, job, silent), is_last=job.is_last)
+
+
+def _base(
+    blobs: BlobStore, process: learning_pb2.LearningProcess, job: UpdateJob, noise: NoiseSource
+) -> dict[str, NDArray[np.generic]]:
+    stored = _read_leaves(blobs, job, job.base_path)
+    state = read_state(process, open_noise(stored, job.noise_key, job.base_path, job.max_checkpoint_bytes))
+    if SEALED in stored:
+        return state
+    # The first round: whoever delivered the checkpoint may know the noise in it.
+    return begin_noise(process, state, noise)
+
+
+def _read_leaves(blobs: BlobStore, job: UpdateJob, path: str) -> Tensors:
+    return read_checkpoint_object(blobs.get(MODEL, path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
 
 
 def _read_sum(blobs: BlobStore, path: str, digest: bytes, limit: int) -> PartialSum:

@@ -12,7 +12,7 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "encryption_key",
-        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("id", _name(64), nullable=False),
         sa.Column("public_key", sa.LargeBinary(), nullable=False),
         sa.Column("private_key", sa.LargeBinary(), nullable=False),
         sa.Column("created", sa.DateTime(timezone=True), nullable=False),
@@ -22,22 +22,22 @@ def upgrade() -> None:
     )
     op.create_table(
         "idempotency",
-        sa.Column("key_hash", sa.String(length=64), nullable=False),
-        sa.Column("session_id", sa.String(length=64), nullable=False),
+        sa.Column("key_hash", _name(64), nullable=False),
+        sa.Column("session_id", _name(64), nullable=False),
         sa.Column("expires", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("key_hash", name=op.f("pk_idempotency")),
     )
     op.create_index("ix_idempotency_expires", "idempotency", ["expires"], unique=False)
     op.create_table(
         "lease",
-        sa.Column("name", sa.String(length=200), nullable=False),
-        sa.Column("holder", sa.String(length=64), nullable=False),
+        sa.Column("name", _name(200), nullable=False),
+        sa.Column("holder", _name(64), nullable=False),
         sa.Column("expires", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_lease")),
     )
     op.create_table(
         "privacy_ledger",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("event", sa.JSON(), nullable=False),
@@ -49,14 +49,14 @@ def upgrade() -> None:
     )
     op.create_table(
         "server_secret",
-        sa.Column("name", sa.String(length=64), nullable=False),
+        sa.Column("name", _name(64), nullable=False),
         sa.Column("value", sa.LargeBinary(), nullable=False),
         sa.Column("created", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_server_secret")),
     )
     op.create_table(
         "task",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("kind", sa.BigInteger(), nullable=False),
         sa.Column("total_iteration", sa.BigInteger(), nullable=False),
@@ -71,9 +71,9 @@ def upgrade() -> None:
         sa.Column("start_task_no_earlier_than", sa.DateTime(timezone=True), nullable=True),
         sa.Column("do_not_create_iteration_after", sa.DateTime(timezone=True), nullable=True),
         sa.Column("max_parallel", sa.BigInteger(), nullable=False),
-        sa.Column("correlation_id", sa.Text(), nullable=False),
-        sa.Column("min_client_version", sa.String(length=32), nullable=False),
-        sa.Column("max_client_version", sa.String(length=32), nullable=False),
+        sa.Column("correlation_id", _name(), nullable=False),
+        sa.Column("min_client_version", _name(32), nullable=False),
+        sa.Column("max_client_version", _name(32), nullable=False),
         sa.Column("info", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("population_name", "task_id", name=op.f("pk_task")),
     )
@@ -88,7 +88,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "iteration",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -104,8 +104,8 @@ def upgrade() -> None:
         sa.Column("info", sa.JSON(), nullable=False),
         sa.Column("aggregation_level", sa.BigInteger(), nullable=False),
         sa.Column("max_aggregation_size", sa.BigInteger(), nullable=False),
-        sa.Column("min_client_version", sa.String(length=32), nullable=False),
-        sa.Column("max_client_version", sa.String(length=32), nullable=False),
+        sa.Column("min_client_version", _name(32), nullable=False),
+        sa.Column("max_client_version", _name(32), nullable=False),
         sa.ForeignKeyConstraint(
             ["population_name", "task_id"],
             ["task.population_name", "task.task_id"],
@@ -118,10 +118,10 @@ def upgrade() -> None:
     op.create_index("ix_iteration_status", "iteration", ["status"], unique=False)
     op.create_table(
         "model_metrics",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("metric_name", sa.Text(), nullable=False),
+        sa.Column("metric_name", _name(), nullable=False),
         sa.Column("metric_value", sa.Float(precision=53), nullable=True),
         sa.Column("created_time", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(
@@ -137,7 +137,7 @@ def upgrade() -> None:
     op.create_index("ix_model_metrics_created_time", "model_metrics", ["created_time"], unique=False)
     op.create_table(
         "task_status_history",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("status_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("status", sa.BigInteger(), nullable=False),
@@ -152,11 +152,11 @@ def upgrade() -> None:
     )
     op.create_table(
         "aggregation_batch",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("batch_id", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("batch_id", _name(64), autoincrement=False, nullable=False),
         sa.Column("status", sa.BigInteger(), nullable=False),
         sa.Column("status_id", sa.BigInteger(), nullable=False),
         sa.Column("status_time", sa.DateTime(timezone=True), nullable=False),
@@ -164,8 +164,8 @@ def upgrade() -> None:
         sa.Column("aggregation_level", sa.BigInteger(), nullable=False),
         sa.Column("batch_size", sa.BigInteger(), nullable=False),
         sa.Column("accepted_size", sa.BigInteger(), nullable=True),
-        sa.Column("created_by_partition", sa.String(length=160), nullable=False),
-        sa.Column("aggregated_by", sa.String(length=64), nullable=True),
+        sa.Column("created_by_partition", _name(160), nullable=False),
+        sa.Column("aggregated_by", _name(64), nullable=True),
         sa.ForeignKeyConstraint(
             ["population_name", "task_id", "iteration_id", "attempt_id"],
             ["iteration.population_name", "iteration.task_id", "iteration.iteration_id", "iteration.attempt_id"],
@@ -184,18 +184,18 @@ def upgrade() -> None:
     )
     op.create_table(
         "assignment",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("session_id", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("session_id", _name(64), autoincrement=False, nullable=False),
         sa.Column("status", sa.BigInteger(), nullable=False),
         sa.Column("status_id", sa.BigInteger(), nullable=False),
         sa.Column("status_time", sa.DateTime(timezone=True), nullable=False),
         sa.Column("created_time", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("correlation_id", sa.Text(), nullable=False),
-        sa.Column("batch_id", sa.String(length=64), nullable=True),
-        sa.Column("rejection", sa.String(length=64), nullable=True),
+        sa.Column("correlation_id", _name(), nullable=False),
+        sa.Column("batch_id", _name(64), nullable=True),
+        sa.Column("rejection", _name(64), nullable=True),
         sa.ForeignKeyConstraint(
             ["population_name", "task_id", "iteration_id", "attempt_id"],
             ["iteration.population_name", "iteration.task_id", "iteration.iteration_id", "iteration.attempt_id"],
@@ -216,7 +216,7 @@ def upgrade() -> None:
     op.create_index("uq_assignment_session_id", "assignment", ["session_id"], unique=True)
     op.create_table(
         "iteration_status_history",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -247,17 +247,17 @@ def upgrade() -> None:
     )
     op.create_table(
         "aggregation_batch_status_history",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("batch_id", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("batch_id", _name(64), autoincrement=False, nullable=False),
         sa.Column("status_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("status", sa.BigInteger(), nullable=False),
         sa.Column("created_time", sa.DateTime(timezone=True), nullable=False),
         sa.Column("aggregation_level", sa.BigInteger(), nullable=False),
-        sa.Column("created_by_partition", sa.String(length=160), nullable=False),
-        sa.Column("aggregated_by", sa.String(length=64), nullable=True),
+        sa.Column("created_by_partition", _name(160), nullable=False),
+        sa.Column("aggregated_by", _name(64), nullable=True),
         sa.Column("accepted_size", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(
             ["population_name", "task_id", "iteration_id", "attempt_id", "batch_id"],
@@ -283,16 +283,16 @@ def upgrade() -> None:
     )
     op.create_table(
         "assignment_status_history",
-        sa.Column("population_name", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("population_name", _name(64), autoincrement=False, nullable=False),
         sa.Column("task_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("iteration_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("attempt_id", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("session_id", sa.String(length=64), autoincrement=False, nullable=False),
+        sa.Column("session_id", _name(64), autoincrement=False, nullable=False),
         sa.Column("status_id", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("status", sa.BigInteger(), nullable=False),
         sa.Column("created_time", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("batch_id", sa.String(length=64), nullable=True),
-        sa.Column("rejection", sa.String(length=64), nullable=True),
+        sa.Column("batch_id", _name(64), nullable=True),
+        sa.Column("rejection", _name(64), nullable=True),
         sa.ForeignKeyConstraint(
             ["population_name", "task_id", "iteration_id", "attempt_id", "session_id"],
             [
@@ -315,3 +315,9 @@ def upgrade() -> None:
             name=op.f("pk_assignment_status_history"),
         ),
     )
+
+
+def _name(length: int | None = None) -> sa.types.TypeEngine[str]:
+    if length is None:
+        return sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+    return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")

@@ -1,0 +1,141 @@
+"""What tasks have released under differential privacy so far, compressed: what an accountant needs and no more."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any
+
+from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.privacy.composition import TaskReleases
+from fedcompute.privacy.ledger import Event, GaussianEvent
+from fedcompute.privacy.participation import Assumption, Participation
+
+
+@dataclass(frozen=True)
+class Run:
+    """`rounds` rounds in a row with the same events, but that the steps of trees and factorizations count up."""
+
+    events: tuple[Event, ...]
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Charges:
+    """A task's rounds from the first on, without events where nothing is charged, and how its devices come to them."""
+
+    assumption: Assumption
+    runs: tuple[Run, ...] = ()
+
+
+Spent = Mapping[int, Charges]
+"""A population's charges by task id."""
+
+
+def charged(
+    spent: Spent, task_id: int, iteration_id: int, events: Sequence[Event], assumption: Assumption
+) -> dict[int, Charges]:
+    """`spent` and one more round of a task, whose events it releases together.
+
+    Formal guarantees: unit of privacy is the device, adjacency that of the accountant. When a task's rounds come with
+    different assumptions, the weakest of each of their parts holds for all of its rounds, so that what is computed
+    from the result is an upper bound under each round's own assumption.
+    """
+    before = spent.get(task_id, Charges(assumption))
+    runs = list(before.runs)
+    # Minimum separation counts every round, also one that the ledger charges nothing for.
+    skipped = iteration_id - 1 - sum(run.rounds for run in runs)
+    if skipped > 0:
+        runs.append(Run((), skipped))
+    if runs and _advanced(runs[-1].events, runs[-1].rounds) == tuple(events):
+        runs[-1] = Run(runs[-1].events, runs[-1].rounds + 1)
+    else:
+        runs.append(Run(tuple(events), 1))
+    return {**spent, task_id: Charges(weaker(before.assumption, assumption), tuple(runs))}
+
+
+def weaker(one: Assumption, other: Assumption) -> Assumption:
+    """An assumption that both of two fulfil: fewer devices, more of them in a round, rounds nearer to each other.
+
+    Formal guarantees: what holds under the result holds under both. Different ways of participation leave none.
+    """
+    if one == other:
+        return one
+    same = one.participation is other.participation
+    return Assumption(
+        participation=one.participation if same else Participation.NO_AMPLIFICATION,
+        population=min(one.population, other.population),
+        report_goal=max(one.report_goal, other.report_goal),
+        minimum_separation=min(one.minimum_separation, other.minimum_separation),
+    )
+
+
+def releases(spent: Spent) -> list[TaskReleases]:
+    """The charges as accountants take them, one entry per task, each round's events written out.
+
+    Formal guarantees: every event of every round that went into `charged` is there, in its round and its task.
+    """
+    return [TaskReleases(_rounds(charges.runs), charges.assumption) for charges in spent.values()]
+
+
+def claim_document(
+    participation: Participation, population: int, minimum_separation: int, report_goal: int, delta: float
+) -> dict[str, Any]:
+    """A claim as ledgers keep it.
+
+    Formal guarantees: none; it says what is assumed of devices and proves nothing about them.
+    """
+    return {
+        "participation": participation.name,
+        "estimated_population": population,
+        "minimum_separation": minimum_separation,
+        "report_goal": report_goal,
+        "delta": delta,
+    }
+
+
+def assumption_of(claim: Mapping[str, Any] | None, report_goal: int, contributions: int) -> Assumption:
+    """What a ledger's claim assumes of a round of `contributions`; NO_AMPLIFICATION without a claim.
+
+    Raises ArtifactInvalid (LEDGER_MALFORMED) for a document of another form.
+
+    Formal guarantees: sampling is never assumed to be rarer than it was: a round that holds more contributions than
+    its goal counts as one with so many, and a population is at least as large as a round.
+    """
+    if claim is None:
+        most = max(report_goal, contributions, 1)
+        return Assumption(Participation.NO_AMPLIFICATION, most, most)
+    try:
+        participation = Participation[claim["participation"]]
+        population, separation, goal = (
+            int(claim[name]) for name in ("estimated_population", "minimum_separation", "report_goal")
+        )
+        if min(population, separation, goal) < 0 or not 0 < float(claim["delta"]) < 1:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OverflowError) as cause:
+        raise ArtifactInvalid(Reason.LEDGER_MALFORMED, "a ledger entry's claim cannot be read") from cause
+    most = max(goal, report_goal, contributions, 1)
+    return Assumption(participation, max(population, most), most, separation)
+
+
+def unprotected(events: Iterable[Event]) -> bool:
+    """Whether one of the events has no noise at all.
+
+    Formal guarantees: if so, the epsilon of any composition with it is infinite, whatever its adjacency.
+    """
+    return any(event.noise_multiplier == 0 for event in events)
+
+
+def _rounds(runs: Iterable[Run]) -> list[tuple[Event, ...]]:
+    rounds: list[tuple[Event, ...]] = []
+    for run in runs:
+        if all(isinstance(event, GaussianEvent) for event in run.events):
+            rounds.extend(repeat(run.events, run.rounds))
+        else:
+            rounds.extend(_advanced(run.events, index) for index in range(run.rounds))
+    return rounds
+
+
+def _advanced(events: tuple[Event, ...], rounds: int) -> tuple[Event, ...]:
+    return tuple(
+        event if isinstance(event, GaussianEvent) else replace(event, step=event.step + rounds) for event in events
+    )
