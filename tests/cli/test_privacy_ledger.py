@@ -143,6 +143,30 @@ def test_a_ledger_of_another_population_is_refused(fedcompute, server, ledger, t
     assert fedcompute("privacy", "verify", tmp_path / "none.json").exit_code == 1
 
 
+HOSTILE = {
+    "huge round": ('"iteration_id": 3', '"iteration_id": 4611686018427387904'),
+    "huge number": ('"noise_multiplier": 3.0', '"noise_multiplier": ' + 4000 * "9"),
+    "no number": ('"noise_multiplier": 3.0', '"noise_multiplier": NaN'),
+    "infinity": ('"clip_norm": 0.5', '"clip_norm": Infinity'),
+    "twice": ('"contributions": 10', '"contributions": 10, "contributions": 11'),
+    "nested": ('"noise_multiplier": 3.0', '"noise_multiplier": ' + 20_000 * "[" + 20_000 * "]"),
+    "wrong type": ('"clip_norm": 0.5', '"clip_norm": {}'),
+    "control": ('"FIXED_GAUSSIAN"', '"\\u001b[2J"'),
+    "many": ('"entries": [', '"entries": [' + 20_000_000 * "[],"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_file_ends_in_one_plain_error(fedcompute, server, ledger, tmp_path, kind):
+    text = fedcompute("privacy", "ledger", "--population", ledger, "--server", server.url).stdout
+    before, after = HOSTILE[kind]
+    assert before in text
+    (tmp_path / "ledger.json").write_text(text.replace(before, after, 1))
+    result = fedcompute("privacy", "verify", tmp_path / "ledger.json")
+    assert (result.exit_code, "ledger_malformed" in result.stderr) == (1, True), result.output
+    assert len(result.stderr) < 1000
+
+
 def asked(fedcompute, server, population, *more):
     result = fedcompute("privacy", "budget", "--population", population, "--server", server.url, *more)
     assert result.exit_code == 0, result.output

@@ -1,5 +1,6 @@
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from fedcompute.privacy.accounting import gaussian_epsilon
 from fedcompute.privacy.bounds import Bounds, epsilon_bounds, parts_bounds, within
 from fedcompute.privacy.composition import Parts, Poisson, TaskReleases, parts_epsilon
-from fedcompute.privacy.losses import SampledGaussian, lower_losses, upper_losses
+from fedcompute.privacy.losses import SampledGaussian, composed, lower_losses, upper_losses, window
 from fedcompute.privacy.participation import Assumption, Participation
 from fedcompute.privacy.planned import planned_rounds
 
@@ -106,6 +107,79 @@ def test_closed_forms_are_their_own_bounds_and_nothing_is_decided_wrongly():
     assert not within(sampled, direct - 1e-9, 1e-6)
 
 
-def test_a_delta_near_rounding_errors_gets_the_exact_value():
-    bounds = parts_bounds(Parts(poisson=(Poisson(0.01, 2.0, 10),)), 1e-10)
-    assert bounds.lower == bounds.upper == parts_epsilon(Parts(poisson=(Poisson(0.01, 2.0, 10),)), 1e-10)
+@pytest.mark.parametrize("delta", [1e-10, 1e-12, 1e-15, 1e-300])
+def test_a_delta_near_rounding_errors_and_below_is_bounded_too(delta):
+    parts = Parts(poisson=(Poisson(1.0, 3.0, 10),))
+    exact = gaussian_epsilon(3.0 / math.sqrt(10), delta)
+    bounds = parts_bounds(parts, delta)
+    assert 0 < bounds.lower <= exact <= bounds.upper < math.inf
+    sampled = parts_bounds(Parts(poisson=(Poisson(0.01, 2.0, 10),)), delta)
+    assert 0 < sampled.lower < sampled.upper < math.inf
+
+
+@pytest.mark.parametrize("rounds", [10**5, 10**6, 10**7, 10**8, 10**9])
+@pytest.mark.parametrize(
+    ("probability", "noise"), [(1 / 1500, 1.0), (0.3, 0.5), (1.0, 2.0), (1e-3, 0.0015), (1e-9, 50)]
+)
+def test_any_number_of_rounds_is_bounded_within_two_seconds(probability, noise, rounds):
+    begun = time.process_time()
+    bounds = parts_bounds(Parts(poisson=(Poisson(probability, noise, rounds),)), 1e-6)
+    assert time.process_time() - begun < 4, "twice as long, for a machine that does other work"
+    assert 0 <= bounds.lower <= bounds.upper < math.inf
+    if probability == 1:
+        assert bounds.lower <= gaussian_epsilon(noise / math.sqrt(rounds), 1e-6) <= bounds.upper * (1 + 1e-9)
+
+
+def test_a_hundred_thousand_rounds_are_bounded_closely_around_the_direct_call():
+    parts = Parts(poisson=(Poisson(2000 / 3e6, 1.0, 10**5),))
+    bounds = parts_bounds(parts, 1e-6)
+    assert bounds.lower <= parts_epsilon(parts, 1e-6) <= bounds.upper < 1.01 * bounds.lower
+
+
+def test_noise_that_the_direct_call_takes_for_none_has_a_lower_bound():
+    for poisson in ((Poisson(0.01, 1e-9, 10),), (Poisson(0.01, 1e-9, 10), Poisson(0.01, 1.0, 10))):
+        bounds = parts_bounds(Parts(poisson=poisson), 1e-6)
+        assert 100 < bounds.lower < bounds.upper == math.inf
+
+
+def test_very_many_different_parts_are_bounded_in_constant_memory():
+    parts = Parts(poisson=tuple(Poisson(0.001, 1.0 + place * 1e-3, 1) for place in range(200)))
+    few = parts_bounds(Parts(poisson=(Poisson(0.001, 1.0, 200),)), 1e-6)
+    bounds = parts_bounds(parts, 1e-6)
+    assert bounds.lower < bounds.upper < few.upper
+    crowd = Parts(poisson=tuple(Poisson(0.001, 1.0 + place * 1e-3, 1) for place in range(5000)))
+    assert 0 <= parts_bounds(crowd, 1e-6).lower < parts_bounds(crowd, 1e-6).upper < math.inf
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("noise", "probability", "rounds"),
+    [
+        (1.0, 2000 / 3e6, 1000),
+        (0.222, 2 / 3e6, 1000),
+        (0.1, 2 / 3e6, 1000),
+        (0.002, 2 / 3e6, 1000),
+        (0.0011, 1e-9, 10**9),
+        (0.01, 1.0, 20),
+        (5.0, 1 - 1e-12, 20),
+        (1e6, 1e-12, 1),
+    ],
+)
+def test_nothing_is_printed_on_the_way(noise, probability, rounds, capfd):
+    parts_bounds(Parts(poisson=(Poisson(probability, noise, rounds),)), 1e-6)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rounds", [1, 100, 100_000])
+def test_a_window_holds_nearly_all_of_a_composition_and_grows_with_its_deviation(rounds):
+    once = upper_losses(SampledGaussian(0.01, 1.0, 1), 1e-3, 1e-15, removed=True)
+    at = once.lowest + once.interval * np.arange(len(once.masses))
+    mean = float((at * once.masses).sum())
+    deviation = math.sqrt(float(((at - mean) ** 2 * once.masses).sum()))
+    many = replace(once, times=rounds)
+    low, high = window([many], 1e-9)
+    assert low < rounds * mean < high
+    assert high - low < 16 * rounds**0.5 * deviation + (at[-1] - at[0])
+    found = composed([many], (low - (high - low) / 2, high + (high - low) / 2))
+    outside = (found.losses < low) | (found.losses > high)
+    assert float(found.masses[outside].sum()) < 2e-9

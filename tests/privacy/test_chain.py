@@ -3,12 +3,16 @@
 import hashlib
 import json
 import math
+import time
+import tracemalloc
 from dataclasses import asdict, replace
 
 import pytest
 
 from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.privacy import bounds
 from fedcompute.privacy.accounting import gaussian_epsilon, poisson_epsilon
+from fedcompute.privacy.budget import cumulative_epsilon
 from fedcompute.privacy.chain import (
     GENESIS,
     Entry,
@@ -22,7 +26,9 @@ from fedcompute.privacy.chain import (
     verify_events,
 )
 from fedcompute.privacy.charges import Charges, Run, assumption_of, charged, releases
-from fedcompute.privacy.ledger import BandedEvent, GaussianEvent, TreeEvent, events_document
+from fedcompute.privacy.composition import epsilon
+from fedcompute.privacy.ledger import BandedEvent, GaussianEvent, TreeEvent, events_document, read_events
+from fedcompute.privacy.mechanisms import mechanisms_of
 from fedcompute.privacy.participation import Assumption, Participation
 
 DELTA = 1e-6
@@ -278,3 +284,70 @@ def test_claims_of_no_known_form_are_refused():
         with pytest.raises(ArtifactInvalid) as caught:
             assumption_of(claim, 10, 10)
         assert caught.value.reason is Reason.LEDGER_MALFORMED
+
+
+def test_a_gap_of_millions_of_rounds_costs_no_memory_and_no_time():
+    entries = chain_of([release(1, 1, 1.0), release(1, 10**7, 1.0), release(2, 10**7, 1.0)])
+    tracemalloc.start()
+    first, second = tasks_of(entries)
+    found = [epsilon([first, second], DELTA), epsilon([first], DELTA)]
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+    assert found == pytest.approx([epsilon_after(3), epsilon_after(2)])
+    assert (len(first.rounds), first.rounds[0], first.rounds[5]) == (10**7, GAUSSIAN, ())
+    assert first.rounds[-1] == second.rounds[10**7 - 1] == GAUSSIAN
+    assert list(first.rounds[:2]) == [GAUSSIAN, ()]
+    with pytest.raises(IndexError):
+        first.rounds[10**7]
+
+
+def test_rounds_kept_in_spans_are_the_mechanisms_of_rounds_written_out():
+    assumption = Assumption(Participation.MIN_SEPARATION, 100, 10, 5)
+    spent: dict[int, Charges] = {}
+    for number in (*range(1, 30), *range(40, 60), 70):
+        step = number if number < 25 else number - 24
+        events = (TreeEvent(3.0, step), GaussianEvent(2.0)) if number % 20 else (GaussianEvent(4.0),)
+        spent = charged(spent, 1, number, events, assumption)
+        spent = charged(spent, 2, number, (BandedEvent(3.0, 4, step),), assumption)
+    for task in releases(spent):
+        assert mechanisms_of(task.rounds) == mechanisms_of(list(task.rounds))
+        assert mechanisms_of(task.rounds[:41]) == mechanisms_of(list(task.rounds)[:41])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"class": "GaussianDpEvent", "noise_multiplier": 1e31},
+        {"class": "GaussianDpEvent", "noise_multiplier": "nan"},
+        {"class": "TreeAggregationStep", "noise_multiplier": 1.0, "step": 10**10},
+        {"class": "TreeAggregationStep", "noise_multiplier": 1.0, "step": 0},
+        {"class": "TreeAggregationStep", "noise_multiplier": 1.0, "step": math.inf},
+        {"class": "BandedMatrixFactorizationStep", "noise_multiplier": 1.0, "bands": 10**10, "step": 1},
+        {"class": "ComposedDpEvent", "events": 100 * [{"class": "GaussianDpEvent", "noise_multiplier": 1.0}]},
+        {"class": "ComposedDpEvent", "events": [{"class": "ComposedDpEvent", "events": []}]},
+        {"class": []},
+    ],
+)
+def test_events_beyond_all_limits_cannot_be_read(event):
+    with pytest.raises(ArtifactInvalid):
+        read_events(event)
+
+
+def test_claims_beyond_all_limits_cannot_be_read():
+    for name in ("estimated_population", "minimum_separation", "report_goal"):
+        for value in (2**63, 10**400, math.inf, "x", []):
+            with pytest.raises(ArtifactInvalid):
+                assumption_of({**POISSON, name: value}, 10, 10)
+
+
+def test_a_ledger_of_many_sampled_rounds_is_verified_in_milliseconds_each():
+    spent: dict[int, Charges] = {}
+    found = []
+    for number in range(1, 101):
+        spent = charged(spent, 1, number, GAUSSIAN, Assumption(Participation.POISSON, 1000, 10))
+        found.append(release(1, number, cumulative_epsilon(releases(spent), DELTA), claim=POISSON))
+    entries = chain_of(found)
+    bounds.parts_upper.cache_clear()
+    begun = time.process_time()
+    assert verify_epsilons(entries) == []
+    assert time.process_time() - begun < 4, "it takes half a second where nothing else runs"

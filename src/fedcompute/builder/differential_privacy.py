@@ -22,9 +22,8 @@ from fedcompute.builder.problem import ConfigProblems, Problem
 from fedcompute.builder.rules import MAX_TARGET_EPSILON, adaptive_noise_problem, is_adaptive, problem
 from fedcompute.builder.validation import BuildSettings, supported
 from fedcompute.errors import Reason
-from fedcompute.privacy.bounds import Bounds, epsilon_bounds
-from fedcompute.privacy.composition import epsilon, unamplified_epsilon
-from fedcompute.privacy.participation import Participation
+from fedcompute.privacy.bounds import Bounds, epsilon_bounds, parts_upper
+from fedcompute.privacy.composition import epsilon, parts_of, unamplified_epsilon
 from fedcompute.privacy.planned import calibrated_noise
 from fedcompute.protos import learning_pb2, task_builder_pb2
 
@@ -35,7 +34,7 @@ T = TypeVar("T")
 _NOT_PRIVATE = "[Invalid task config]: differential_privacy setup is not private enough to pass DP accounting check."
 _NOISE_PATH = "differential_privacy.noise_multiplier"
 
-# Beyond it the accountant does not come to an end.
+# More rounds than any task has; the accountant takes minutes for them.
 MAX_ACCOUNTED_ROUNDS = 10**9
 # Normal numbers only: the state holds clip norm and noise scale as float32.
 _MIN_FLOAT32, _MAX_FLOAT32 = 1.2e-38, 3.4e38
@@ -45,10 +44,6 @@ _FLOAT32_MARGIN = 4e-7
 _NOTABLE = 2.0
 # The unit of the noise multiplier that a refusal advises, and how near to the target its epsilon should come.
 _ADVISED, _NEAR = 1e-4, 3e-3
-
-# Noise so little, and rounds so many, that bounds take long; then these show at once that epsilon is too large.
-_LITTLE_NOISE, _MANY_ROUNDS = 2e-3, 20_000
-_MORE_NOISE, _FEW_ROUNDS = 1e-2, 1000
 
 _Dp = task_builder_pb2.DpAggregator
 
@@ -130,7 +125,7 @@ def account(settings: BuildSettings) -> Accounting:
     given = configured.noise_multiplier > 0
     bounds, exact = Bounds(target, target), None
     if given:
-        bounds = _accounted(dp, lambda: _bounds(dp, target))
+        bounds = _accounted(dp, lambda: epsilon_bounds(releases(dp), dp.delta))
         dp = replace(dp, epsilon=bounds.upper)
         key = (planned(dp), dp.assumption, dp.delta)
         exact = ExactEpsilon(lambda: epsilon(releases(dp), dp.delta), key, (bounds.lower, bounds.upper))
@@ -251,34 +246,6 @@ def _calibrated(dp: DpParameters, target: float) -> float:
         )
 
 
-def _bounds(dp: DpParameters, target: float) -> Bounds:
-    """Bounds on the epsilon of a build; only a lower one where it exceeds the target and another would take long.
-
-    Formal guarantees: fewer rounds, with more noise, are a part of what the build's rounds release, made noisier
-    afterwards: their epsilon is at most the build's.
-    """
-    little = min(dp.noise_multiplier, dp.metrics_noise_multiplier or math.inf) < _LITTLE_NOISE
-    if not _takes_long(dp) or not (little or dp.rounds > _MANY_ROUNDS):
-        return epsilon_bounds(releases(dp), dp.delta)
-    part = replace(
-        dp,
-        rounds=min(dp.rounds, _FEW_ROUNDS),
-        noise_multiplier=max(dp.noise_multiplier, _MORE_NOISE),
-        metrics_noise_multiplier=dp.metrics_noise_multiplier and max(dp.metrics_noise_multiplier, _MORE_NOISE),
-    )
-    lower = epsilon_bounds(releases(part), dp.delta).lower
-    if lower > target:
-        return Bounds(lower, math.inf)
-    # So much noise that the exact value comes sooner than bounds for so many rounds.
-    exact = epsilon(releases(dp), dp.delta)
-    return Bounds(exact, exact)
-
-
-def _takes_long(dp: DpParameters) -> bool:
-    """Whether its exact epsilon has neither a closed form nor a quick accountant."""
-    return dp.participation == Participation.POISSON and "gaussian" in DP_TYPES[dp.type].mechanism
-
-
 def _check_metrics(dp: DpParameters, target: float) -> None:
     """Refuses noise on metrics that alone is too little; no noise on the model would mend it."""
     if not dp.metrics_noise_multiplier or not dp.rounds:
@@ -338,8 +305,6 @@ def _interval(lower: float, upper: float) -> str:
 
 def _remedy(dp: DpParameters, target: float) -> str:
     advice = "leave noise_multiplier out to have it calibrated, or skip the check with skip_dp_check"
-    if _takes_long(dp) and dp.rounds > _MANY_ROUNDS:
-        return advice
     try:
         passing = _passing_noise(dp, target)
     except Exception as error:
@@ -358,7 +323,7 @@ def _passing_noise(dp: DpParameters, target: float) -> float | None:
     """A noise multiplier, a little above the smallest, whose bounds pass; None if there is none."""
 
     def upper(noise: float) -> float:
-        return _bounds(replace(dp, noise_multiplier=noise), target).upper
+        return parts_upper(parts_of(releases(replace(dp, noise_multiplier=noise))), dp.delta)
 
     if dp.metrics_noise_multiplier and upper(math.inf) > target:
         return None

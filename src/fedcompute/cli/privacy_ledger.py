@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,9 @@ import typer
 
 from fedcompute.cli import options
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
+
+# Seconds of silence before progress is shown.
+_PATIENCE = 2.0
 
 _File = Annotated[
     Path | None,
@@ -164,9 +168,14 @@ def _verified_epsilons(entries: Any) -> list[str]:
     from fedcompute.privacy.chain import verify_epsilons
 
     console = Console(stderr=True)
+    begun = time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("accounting", total=len(entries))
-        return verify_epsilons(entries, lambda done: progress.advance(task, done))
+        task = progress.add_task("accounting", total=len(entries), visible=False)
+
+        def advance(done: int) -> None:
+            progress.update(task, advance=done, visible=time.monotonic() - begun > _PATIENCE)
+
+        return verify_epsilons(entries, advance)
 
 
 def _told_epsilon(last: Any) -> str:

@@ -112,11 +112,20 @@ def fixed_size_epsilon(noise_multiplier: float, rounds: int, sample_size: int, p
         return 0.0
     if noise_multiplier == 0:
         return math.inf
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    # As the accountant would, whose time goes into the moments of a round.
+    orders, moments = _fixed_size_moments(noise_multiplier, sample_size, population)
+    return float(rdp_privacy_accountant.compute_epsilon(orders, rounds * moments, delta)[0])
+
+
+@lru_cache(maxsize=64)
+def _fixed_size_moments(noise_multiplier: float, sample_size: int, population: int) -> tuple[Any, Any]:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant(neighboring_relation=_replace_one())
-    accountant.compose(fixed_size_event(noise_multiplier, rounds, sample_size, population))
-    return float(accountant.get_epsilon(delta))
+    accountant.compose(fixed_size_event(noise_multiplier, 1, sample_size, population))
+    return accountant.orders, accountant.rdp
 
 
 def fixed_size_event(noise_multiplier: float, rounds: int, sample_size: int, population: int) -> Any:

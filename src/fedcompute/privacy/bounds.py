@@ -22,11 +22,16 @@ _TAIL = 1e-5
 # Less is without protection to the exact call. What shows how little it protects is more noise, and so many rounds.
 _LITTLE_NOISE = 1e-3
 _MORE_NOISE = 1e-2
+# So much tells nothing, and nothing is told with so little probability, in floating point.
+_MUCH_NOISE = 1e9
+_LEAST_DELTA = 1e-200
 # Beyond it exp(-loss) is 0 to the library, which then answers with more than epsilon.
 _FAR = 700.0
 # Rounding errors in probability: five times what transforms and powers lose, against numbers of 64 bits of mantissa.
 _ROUNDING = 1e-12
 _ROUNDING_PER_ROUND = 1e-15
+# Of how many rounds a lower bound is tried besides that of all.
+_FEWER_ROUNDS = (10**7, 10**6, 10**5)
 # More rounds are bounded by moments as well, unless the parts are too many for their 10 ms each.
 _MANY_ROUNDS = 10_000
 _MOMENT_PARTS = 256
@@ -102,7 +107,9 @@ def parts_upper(parts: Parts, delta: float, cells: int = _CELLS) -> float:
     if fine:
         # Always in the data, a device tells as much by coming as by going.
         directions = (True,) if all(one.sampling_probability == 1 for one in releases) else (True, False)
-        tail, target, shared = _TAIL * delta / rounds, delta * (1 - 2 * _TAIL) - slack, _shared(cells, releases)
+        # The next power of two: a ledger asks for one number of rounds after the other, which may share distributions.
+        tail, target = _TAIL * delta / (1 << (rounds - 1).bit_length()), delta * (1 - 2 * _TAIL) - slack
+        shared = _shared(cells, releases)
         uppers.append(max(_upper(releases, target, tail, shared, removed=removed) for removed in directions))
     if not fine or rounds > _MANY_ROUNDS:
         square = math.fsum(one.rounds * inverse_square(one.noise_multiplier) for one in releases)
@@ -117,30 +124,25 @@ def parts_lower(parts: Parts, delta: float, cells: int = _CELLS) -> float:
     """The lower bound of `parts_bounds`.
 
     Formal guarantees: distributions each below the true one (`losses.lower_losses`), the misplaced mass of the window
-    taken off, and a thousandth of delta for rounding errors; the true epsilon is at most the exact call's. Where
-    rounding needs more of delta, the larger of two: epsilon at a delta large enough, which is smaller; and that of as
-    many rounds as can be computed for, a part of what was released. Too little noise is replaced by more: the
-    releases made noisier.
+    taken off, and what rounding errors need, at least a thousandth of delta; the true epsilon is at most the exact
+    call's. Fewer rounds are a part of what was released: where the grid's losses add up, a part of the rounds may show
+    more than all. Too little noise is replaced by more: the releases made noisier.
     """
     if not _sampled(parts):
         return parts_epsilon(parts, delta)
-    releases = _releases(parts)
+    releases = [one for one in _releases(parts) if one.noise_multiplier < _MUCH_NOISE]
+    if not 0 < len(releases) <= _MOST_PARTS:
+        return 0.0
+    delta = max(delta, _LEAST_DELTA)
     if min(one.noise_multiplier for one in releases) <= _LITTLE_NOISE:
         releases = [replace(one, noise_multiplier=max(one.noise_multiplier, _MORE_NOISE)) for one in releases]
-    if len(releases) > _MOST_PARTS:
-        return 0.0
     rounds, shared = sum(one.rounds for one in releases), _shared(cells, releases)
-    # The delta whose thousandth covers the rounding errors of all rounds.
-    enough = _rounding(rounds) / _SLACK
-    if enough <= delta:
-        return _lower(releases, delta, shared)
-    lowers = [_lower(releases, enough, shared)] if enough < 0.5 else []
-    least = max(delta, 2 * _ROUNDING / _SLACK)
-    part = (_SLACK * least - _ROUNDING) / _ROUNDING_PER_ROUND / rounds
-    some = [replace(one, rounds=int(one.rounds * min(1.0, part))) for one in releases]
-    if some := [one for one in some if one.rounds]:
-        lowers.append(_lower(some, least, shared))
-    return max(lowers, default=0.0)
+    lowers = [_lower(releases, delta, shared)]
+    for fewer in _FEWER_ROUNDS:
+        some = [replace(one, rounds=one.rounds * fewer // rounds) for one in releases]
+        if fewer < rounds and (some := [one for one in some if one.rounds]):
+            lowers.append(_lower(some, delta, shared))
+    return max(lowers)
 
 
 def _sampled(parts: Parts) -> bool:
@@ -182,11 +184,11 @@ def _upper(releases: Sequence[SampledGaussian], target: float, tail: float, cell
     width = max(one.highest_loss(tail) - one.lowest_loss(tail) for one in releases)
     interval *= max(1, math.ceil(width / interval / cells))
     outside = tail * sum(one.rounds for one in releases)
-    parts = [losses.upper_losses(one, interval, tail, removed=removed) for one in releases]
+    parts = _uppers(releases, interval, tail, removed=removed)
     window = losses.window(parts, outside)
     if (coarser := math.ceil((window[1] - window[0]) / interval / (_COMPOSED * cells))) > 1:
         interval *= coarser
-        parts = [losses.upper_losses(one, interval, tail, removed=removed) for one in releases]
+        parts = _uppers(releases, interval, tail, removed=removed)
         window = losses.window(parts, outside)
     composed = losses.composed(parts, window)
     upper = composed.epsilon(target)
@@ -196,9 +198,15 @@ def _upper(releases: Sequence[SampledGaussian], target: float, tail: float, cell
     return min(c + composed.epsilon(-target * math.expm1(-c)) for c in (0.5, 1.0, 2.0, 4.0))
 
 
+def _uppers(releases: Sequence[SampledGaussian], interval: float, tail: float, *, removed: bool) -> list[losses.Losses]:
+    once = [losses.upper_losses(replace(one, rounds=1), interval, tail, removed=removed) for one in releases]
+    return [replace(found, times=one.rounds) for found, one in zip(once, releases, strict=True)]
+
+
 def _lower(releases: Sequence[SampledGaussian], delta: float, cells: int) -> float:
-    """The lower bound at `delta`, a thousandth of which covers rounding errors."""
-    tail = _TAIL * delta / sum(one.rounds for one in releases)
+    """The lower bound at `delta`."""
+    rounds = sum(one.rounds for one in releases)
+    tail = _TAIL * delta / rounds
     width = max(one.highest_loss(tail) - one.lowest_loss(tail) for one in releases)
     interval = width / cells
     parts = [losses.lower_losses(one, interval, tail) for one in releases]
@@ -207,4 +215,4 @@ def _lower(releases: Sequence[SampledGaussian], delta: float, cells: int) -> flo
         interval *= coarser
         parts = [losses.lower_losses(one, interval, tail) for one in releases]
         window = losses.window(parts, _TAIL * delta)
-    return losses.composed(parts, window).epsilon(delta * (1 + _SLACK + 2 * _TAIL))
+    return losses.composed(parts, window).epsilon(delta * (1 + 2 * _TAIL) + max(_SLACK * delta, _rounding(rounds)))

@@ -52,18 +52,17 @@ def cumulative_epsilon(tasks: Sequence[TaskReleases], delta: float, *, limit: fl
     """
     if not tasks:
         return 0.0
-    if any(event.noise_multiplier == 0 for task in tasks for events in task.rounds for event in events):
-        return math.inf
-    from fedcompute.privacy.bounds import epsilon_bounds, parts_bounds
-    from fedcompute.privacy.composition import epsilon, parts_of
+    from fedcompute.privacy.bounds import parts_bounds, parts_upper
+    from fedcompute.privacy.composition import parts_epsilon, parts_of
 
-    quick = parts_bounds(parts_of(tasks), delta, _QUICK_CELLS)
-    if not quick.lower <= limit < quick.upper:
-        return quick.upper
-    tight = epsilon_bounds(tasks, delta)
+    parts = parts_of(tasks)
+    upper = parts_upper(parts, delta, _QUICK_CELLS)
+    if upper <= limit or parts_bounds(parts, delta, _QUICK_CELLS).lower > limit:
+        return upper
+    tight = parts_bounds(parts, delta)
     if not tight.lower <= limit < tight.upper:
         return tight.upper
-    return min(tight.upper, epsilon(tasks, delta))
+    return min(tight.upper, parts_epsilon(parts, delta))
 
 
 def is_cumulative(value: float, tasks: Sequence[TaskReleases], delta: float) -> tuple[bool, float]:
@@ -80,9 +79,13 @@ def is_cumulative(value: float, tasks: Sequence[TaskReleases], delta: float) -> 
         return math.isinf(value), upper
     if value >= upper * (1 - TOLERANCE):
         return value <= upper * _LOOSENESS, upper
-    from fedcompute.privacy.composition import epsilon
+    from fedcompute.privacy.bounds import parts_lower
+    from fedcompute.privacy.composition import parts_epsilon, parts_of
 
-    exact = epsilon(tasks, delta)
+    parts = parts_of(tasks)
+    if value < (lower := parts_lower(parts, delta, _QUICK_CELLS)) * (1 - TOLERANCE):
+        return False, lower
+    exact = min(upper, parts_epsilon(parts, delta))
     return value >= exact * (1 - TOLERANCE), exact
 
 

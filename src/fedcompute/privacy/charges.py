@@ -1,14 +1,17 @@
 """What tasks have released under differential privacy so far, compressed: what an accountant needs and no more."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from typing import Any
+from typing import Any, overload
 
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.privacy.composition import TaskReleases
 from fedcompute.privacy.ledger import Event, GaussianEvent
+from fedcompute.privacy.mechanisms import Mechanisms, gathered
 from fedcompute.privacy.participation import Assumption, Participation
+
+# What the columns of a database hold; with it, sums of two fit into 64 bits.
+_NUMBER_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,42 @@ class Run:
 
     events: tuple[Event, ...]
     rounds: int
+
+
+@dataclass(frozen=True)
+class ChargedRounds(Sequence[tuple[Event, ...]]):
+    """The rounds of `runs`, one after the other, written out only where they are looked at."""
+
+    runs: tuple[Run, ...]
+
+    def __len__(self) -> int:
+        return sum(run.rounds for run in self.runs)
+
+    def __iter__(self) -> Iterator[tuple[Event, ...]]:
+        for run in self.runs:
+            yield from (_advanced(run.events, index) for index in range(run.rounds))
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Event, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Event, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Event, ...] | Sequence[tuple[Event, ...]]:
+        if isinstance(index, slice):
+            start, stop, stride = index.indices(len(self))
+            if (start, stride) == (0, 1):
+                return ChargedRounds(tuple(_first(self.runs, stop)))
+            return [self[position] for position in range(start, stop, stride)]
+        left = index + len(self) if index < 0 else index
+        for run in self.runs if left >= 0 else ():
+            if left < run.rounds:
+                return _advanced(run.events, left)
+            left -= run.rounds
+        raise IndexError(index)
+
+    @property
+    def mechanisms(self) -> Mechanisms:
+        """What `mechanisms.mechanisms_of` finds in these rounds."""
+        return gathered((run.events, run.rounds) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -70,11 +109,8 @@ def weaker(one: Assumption, other: Assumption) -> Assumption:
 
 
 def releases(spent: Spent) -> list[TaskReleases]:
-    """The charges as accountants take them, one entry per task, each round's events written out.
-
-    Formal guarantees: every event of every round that went into `charged` is there, in its round and its task.
-    """
-    return [TaskReleases(_rounds(charges.runs), charges.assumption) for charges in spent.values()]
+    """The charges as accountants take them, one entry per task; takes no more memory than `spent`."""
+    return [TaskReleases(ChargedRounds(charges.runs), charges.assumption) for charges in spent.values()]
 
 
 def claim_document(
@@ -109,7 +145,9 @@ def assumption_of(claim: Mapping[str, Any] | None, report_goal: int, contributio
         population, separation, goal = (
             int(claim[name]) for name in ("estimated_population", "minimum_separation", "report_goal")
         )
-        if min(population, separation, goal) < 0 or not 0 < float(claim["delta"]) < 1:
+        if not 0 <= min(population, separation, goal) <= max(population, separation, goal) < _NUMBER_LIMIT:
+            raise ValueError
+        if not 0 < float(claim["delta"]) < 1:
             raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError) as cause:
         raise ArtifactInvalid(Reason.LEDGER_MALFORMED, "a ledger entry's claim cannot be read") from cause
@@ -125,17 +163,17 @@ def unprotected(events: Iterable[Event]) -> bool:
     return any(event.noise_multiplier == 0 for event in events)
 
 
-def _rounds(runs: Iterable[Run]) -> list[tuple[Event, ...]]:
-    rounds: list[tuple[Event, ...]] = []
+def _first(runs: Iterable[Run], rounds: int) -> Iterator[Run]:
     for run in runs:
-        if all(isinstance(event, GaussianEvent) for event in run.events):
-            rounds.extend(repeat(run.events, run.rounds))
-        else:
-            rounds.extend(_advanced(run.events, index) for index in range(run.rounds))
-    return rounds
+        if rounds <= 0:
+            return
+        yield run if run.rounds <= rounds else replace(run, rounds=rounds)
+        rounds -= run.rounds
 
 
 def _advanced(events: tuple[Event, ...], rounds: int) -> tuple[Event, ...]:
+    if all(isinstance(event, GaussianEvent) for event in events):
+        return events
     return tuple(
         event if isinstance(event, GaussianEvent) else replace(event, step=event.step + rounds) for event in events
     )

@@ -7,6 +7,9 @@ from typing import Any
 
 from fedcompute.errors import ArtifactInvalid, Reason
 
+# Of one entry's events, steps and noise; what is beyond was not written by this program.
+_MOST_EVENTS, _MOST_STEPS, _MOST_NOISE = 64, 10**9, 1e30
+
 
 @dataclass(frozen=True)
 class GaussianEvent:
@@ -50,22 +53,17 @@ def events_document(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def read_events(document: Mapping[str, Any]) -> list[Event]:
-    """Reads `events_document`. Raises ArtifactInvalid (STATE_MISMATCH) for another form."""
+    """Reads `events_document`. Raises ArtifactInvalid (STATE_MISMATCH) for another form, and beyond all limits."""
     try:
-        if document["class"] == "ComposedDpEvent":
-            return [event for part in document["events"] for event in read_events(part)]
-        multiplier = float(document["noise_multiplier"])
-        if not multiplier >= 0:
-            raise ValueError(multiplier)
-        if document["class"] == "GaussianDpEvent":
-            return [GaussianEvent(multiplier)]
-        if document["class"] == "TreeAggregationStep" and int(document["step"]) >= 1:
-            return [TreeEvent(multiplier, int(document["step"]))]
-        if document["class"] == "BandedMatrixFactorizationStep" and min(document["bands"], document["step"]) >= 1:
-            return [BandedEvent(multiplier, int(document["bands"]), int(document["step"]))]
-    except (ValueError, KeyError, TypeError, RecursionError) as cause:
+        if document["class"] != "ComposedDpEvent":
+            return [_event(document)]
+        parts = document["events"]
+        if len(parts) > _MOST_EVENTS:
+            raise ValueError(len(parts))
+        # Never nested by this program.
+        return [_event(part) for part in parts]
+    except (ValueError, KeyError, TypeError, OverflowError) as cause:
         raise _unknown() from cause
-    raise _unknown()
 
 
 def composed_noise_multiplier(events: Iterable[GaussianEvent]) -> float:
@@ -80,6 +78,27 @@ def composed_noise_multiplier(events: Iterable[GaussianEvent]) -> float:
         return 0.0
     total = math.fsum(multiplier**-2 for multiplier in multipliers)
     return math.inf if total == 0 else total**-0.5
+
+
+def _event(document: Mapping[str, Any]) -> Event:
+    multiplier = float(document["noise_multiplier"])
+    if not 0 <= multiplier <= _MOST_NOISE:
+        raise ValueError(multiplier)
+    match document["class"]:
+        case "GaussianDpEvent":
+            return GaussianEvent(multiplier)
+        case "TreeAggregationStep":
+            return TreeEvent(multiplier, _count(document["step"]))
+        case "BandedMatrixFactorizationStep":
+            return BandedEvent(multiplier, _count(document["bands"]), _count(document["step"]))
+    raise ValueError("class")
+
+
+def _count(number: Any) -> int:
+    count = int(number)
+    if not 1 <= count <= _MOST_STEPS:
+        raise ValueError(count)
+    return count
 
 
 def _document(event: Event) -> dict[str, Any]:

@@ -67,20 +67,28 @@ class Mechanisms:
 def mechanisms_of(rounds: Sequence[Sequence[Event]]) -> Mechanisms:
     """Gathers a task's rounds, in order; a round that released nothing is empty and counts as time that passes.
 
-    Linear in the number of rounds; `plans.PlannedRounds` brings its mechanisms along and costs nothing.
+    Linear in the number of rounds; rounds that bring a property `mechanisms` along (`planned.PlannedRounds`,
+    `charges.ChargedRounds`) cost nothing.
 
     Formal guarantees: releases of one round about the same devices compose to one Gaussian release (see
     `ledger.composed_noise_multiplier`), trees node by node.
     """
     known = getattr(rounds, "mechanisms", None)
-    if isinstance(known, Mechanisms):
-        return known
+    return known if isinstance(known, Mechanisms) else gathered((release, 1) for release in rounds)
+
+
+def gathered(spans: Iterable[tuple[Sequence[Event], int]]) -> Mechanisms:
+    """`mechanisms_of` rounds in spans: the events of the first round, and how many rounds are alike but for steps.
+
+    Formal guarantees: as `mechanisms_of` with every round written out.
+    """
     sums: list[Run] = []
     beside: list[Run] = []
     trees: list[list[Run]] = []
     banded: dict[int, list[Run]] = {}
     compose = lru_cache(maxsize=1024)(_composed)
-    for position, release in enumerate(rounds):
+    position = 0
+    for release, rounds in spans:
         kinds: dict[type, list[float]] = {}
         for event in release:
             kinds.setdefault(type(event), []).append(event.noise_multiplier)
@@ -88,12 +96,13 @@ def mechanisms_of(rounds: Sequence[Sequence[Event]]) -> Mechanisms:
         if TreeEvent in composed:
             if not trees or any(isinstance(event, TreeEvent) and event.step == 1 for event in release):
                 trees.append([])
-            _extend(trees[-1], position, composed[TreeEvent])
+            _extend(trees[-1], position, rounds, composed[TreeEvent])
         if BandedEvent in composed:
             bands = max(event.bands for event in release if isinstance(event, BandedEvent))
-            _extend(banded.setdefault(bands, []), position, composed[BandedEvent])
+            _extend(banded.setdefault(bands, []), position, rounds, composed[BandedEvent])
         if GaussianEvent in composed:
-            _extend(sums if len(composed) == 1 else beside, position, composed[GaussianEvent])
+            _extend(sums if len(composed) == 1 else beside, position, rounds, composed[GaussianEvent])
+        position += rounds
     correlated = [Correlated(tuple(runs)) for runs in trees]
     correlated += [Correlated(tuple(runs), bands) for bands, runs in banded.items()]
     return Mechanisms(tuple(sums), tuple(beside), tuple(correlated))
@@ -104,8 +113,8 @@ def _composed(multipliers: tuple[float, ...]) -> float:
     return multipliers[0] if len(multipliers) == 1 else composed_noise_multiplier(map(GaussianEvent, multipliers))
 
 
-def _extend(runs: list[Run], position: int, noise_multiplier: float) -> None:
+def _extend(runs: list[Run], position: int, rounds: int, noise_multiplier: float) -> None:
     if runs and runs[-1].first + runs[-1].rounds == position and runs[-1].noise_multiplier == noise_multiplier:
-        runs[-1] = Run(runs[-1].first, runs[-1].rounds + 1, noise_multiplier)
+        runs[-1] = Run(runs[-1].first, runs[-1].rounds + rounds, noise_multiplier)
     else:
-        runs.append(Run(position, 1, noise_multiplier))
+        runs.append(Run(position, rounds, noise_multiplier))

@@ -16,7 +16,7 @@ from fedcompute.privacy.composition import (
 from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.mechanisms import Mechanisms, mechanisms_of
 from fedcompute.privacy.participation import Assumption, Participation
-from fedcompute.privacy.sensitivity import most_participations, positions_of
+from fedcompute.privacy.sensitivity import positions_of
 
 # Below so many devices the noise of a small epsilon drowns any model.
 _FEW = 1000
@@ -101,7 +101,7 @@ def privacy_report(
     spans = sorted({(run.first, run.rounds) for run in mechanisms.runs})
     separation = max(1, assumption.minimum_separation)
     rounds = len(set(positions_of(spans).tolist())) if spans else 0
-    participations = most_participations(positions_of([(0, len(releases))]), separation) if rounds else 0
+    participations = -(-len(releases) // separation) if rounds else 0
     separated = assuming(task, Participation.MIN_SEPARATION, separation)
     return PrivacyReport(
         assumption=assumption,
