@@ -15,9 +15,9 @@ from fedcompute.server.settings import RetryWindow, Settings
 def test_the_server_says_where_it_is_answers_there_and_stops_with_ctrl_c(start, tmp_path):
     process = start("fedcompute", "server", "--data-dir", tmp_path / "data", "--port", 0, "--json")
     announced = json.loads(process.stdout.readline())
-    with urllib.request.urlopen(announced["key_url"], timeout=5) as answer:
+    with urllib.request.urlopen(announced["key_url"], timeout=30) as answer:
         assert json.load(answer)["keys"]
-    with urllib.request.urlopen(announced["listening"] + "/ready", timeout=5) as answer:
+    with urllib.request.urlopen(announced["listening"] + "/ready", timeout=30) as answer:
         assert answer.status == 200
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
@@ -72,7 +72,7 @@ def test_a_second_server_on_the_same_data_is_refused_and_the_first_goes_on(start
     assert "data_in_use" in second.stderr
     assert f"process {first.pid}" in second.stderr
     assert "Traceback" not in second.stderr
-    with urllib.request.urlopen(announced["listening"] + "/ready", timeout=5) as answer:
+    with urllib.request.urlopen(announced["listening"] + "/ready", timeout=30) as answer:
         assert answer.status == 200
     first.kill()
     first.wait()

@@ -73,7 +73,7 @@ def test_one_archive_of_model_and_config_is_enough_and_a_published_misspelling_i
 
 def test_the_builder_answers_its_health_routes(builder):
     for route in ("/ready", "/healthz"):
-        with urllib.request.urlopen(builder + route, timeout=5) as answer:
+        with urllib.request.urlopen(builder + route, timeout=30) as answer:
             assert answer.status == 200
 
 

@@ -19,7 +19,7 @@ def impatient(monkeypatch, run_server):
     return run_server()
 
 
-def talk(server, *pieces, pause=0.0, seconds=5.0):
+def talk(server, *pieces, pause=0.0, seconds=30.0):
     """Sends the pieces and returns what came back, and whether the server ended the connection in time."""
     received = b""
     with socket.create_connection(("127.0.0.1", urlsplit(server.api.url).port)) as client:
@@ -87,7 +87,7 @@ def test_a_server_that_stops_tells_an_upload_under_way_and_stores_nothing_of_it(
         client.sendall(head.encode() + b"\r\nhalf an update")
         time.sleep(0.2)
         server.stop()
-        client.settimeout(5)
+        client.settimeout(30)
         answer = client.recv(65536)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"server_stopping" in answer
@@ -99,7 +99,7 @@ def test_a_client_that_does_not_take_its_answer_is_cut_off(impatient):
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", urlsplit(impatient.api.url).port))
-        client.settimeout(5)
+        client.settimeout(60)
         with pytest.raises(OSError, match=r"(?i)reset|broken|aborted"):
             pile_up(client)
 
