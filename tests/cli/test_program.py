@@ -7,7 +7,8 @@ import pytest
 from fedcompute.errors import OperationFailed, Reason
 
 COMMANDS = [
-    "server", "task build", "task list", "task show", "task watch", "task cancel", "metrics plot", "metrics table",
+    "server", "task build", "task list", "task show", "task watch", "task pause", "task resume",
+    "task cancel", "metrics plot", "metrics table",
     "model export", "privacy epsilon", "privacy noise", "privacy report", "fleet run", "quickstart",
 ]  # fmt: skip
 PRINTING = [command for command in COMMANDS if command != "quickstart"]

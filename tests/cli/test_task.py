@@ -189,6 +189,21 @@ def test_a_model_that_is_none_is_refused(program, model, tmp_path):
         assert "saved_model_invalid" in result.stderr
 
 
+def test_a_task_is_paused_shown_so_and_resumed_and_twice_is_a_refusal(opened, fedcompute, server):
+    there = ["--server", server.url]
+    paused = fedcompute("task", "pause", *TASK, *there, "--json")
+    assert json.loads(paused.output) == {"population": "digits", "task_id": 1, "status": "PAUSED"}
+    again = fedcompute("task", "pause", *TASK, *there)
+    assert again.exit_code == 1
+    assert "task_conflict" in again.stderr
+    assert "is PAUSED and stays so" in again.stderr
+    assert fedcompute("task", "list", *there).output.splitlines()[1].split()[3] == "paused"
+    assert "paused" in fedcompute("task", "show", *TASK, *there).output
+    assert fedcompute("task", "resume", *TASK, *there).output == "task digits/1 is open\n"
+    assert fedcompute("task", "resume", *TASK, *there, "--json").exit_code == 1
+    assert fedcompute("task", "list", *there).output.splitlines()[1].split()[3] == "open"
+
+
 # Last: it ends the task that the tests above look at.
 def test_a_canceled_task_stays_canceled_and_ends_a_watch_with_code_1(opened, fedcompute, server):
     first = fedcompute("task", "cancel", *TASK, "--server", server.url, "--json")

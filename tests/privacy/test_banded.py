@@ -5,7 +5,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fedcompute.privacy.banded import SCALE, are_usable, column_norm, next_noise, optimal_coefficients, prefix_error
+from fedcompute.privacy.banded import (
+    SCALE,
+    are_usable,
+    column_norm,
+    next_noise,
+    optimal_coefficients,
+    prefix_error,
+    rounding_bound,
+)
 from fedcompute.privacy.noise import SeededNoise
 
 
@@ -76,6 +84,57 @@ def test_each_release_is_a_function_of_the_noised_product_and_of_earlier_release
         earlier = sum(exact[j] * (sums[t - j] + released[t - j]) for j in range(1, min(4, t + 1)))
         # Nearest integer, halves up.
         assert math.floor(noised - earlier + Fraction(1, 2)) == sums[t] + released[t]
+
+
+def test_a_device_moves_what_the_integer_noise_hides_by_no_more_than_the_product_and_the_rounding_bound():
+    rounds, bands, elements = 12, 4, 5
+    coefficients = optimal_coefficients(rounds, bands)
+    factors = [round(c * SCALE) for c in coefficients]
+    generator = np.random.default_rng(3)
+    releases = generator.integers(-(2**32), 2**32, (rounds, elements)).astype(object)
+    sums = generator.integers(-(2**32), 2**32, (rounds, elements)).astype(object)
+    for _ in range(200):
+        own = np.trunc(generator.normal(size=elements) * generator.choice([1.0, 50.0, 1e6])).astype(int).astype(object)
+        without = sums.copy()
+        without[3] = without[3] - own
+
+        def hidden(given):
+            # S_t + y_t - z_t, from the sums and what was released before: what one more draw is added to.
+            return np.array(
+                [
+                    given[t]
+                    - (
+                        sum(factors[j] * (releases[t - j] - given[t - j]) for j in range(1, min(bands, t + 1))) * 2
+                        - SCALE
+                    )
+                    // (2 * SCALE)
+                    if t
+                    else given[t]
+                    for t in range(rounds)
+                ],
+                dtype=object,
+            )
+
+        moved = float(np.sqrt(float(((hidden(sums) - hidden(without)) ** 2).sum())))
+        size = math.sqrt(float((own**2).sum()))
+        assert moved <= column_norm(coefficients) * size + rounding_bound(elements, bands)
+
+
+def test_the_largest_noise_that_may_be_drawn_is_exact():
+    coefficients, rounds = optimal_coefficients(64, 8), 64
+    deviation = 2.0**50
+    released = noise_of(coefficients, rounds, size=2000, deviation=deviation).astype(object)
+    source, factors = SeededNoise(5), [round(c * SCALE) for c in coefficients]
+    for t in range(rounds):
+        drawn = source.gaussian(deviation, 2000).astype(object)
+        total = drawn * SCALE - sum(factors[j] * released[t - j] for j in range(1, min(8, t + 1)))
+        assert ((total + SCALE // 2) // SCALE == released[t]).all()
+
+
+def test_noise_that_grows_without_bound_is_refused_before_it_leaves_int64():
+    # The inverse of this matrix holds the numbers of Fibonacci.
+    with pytest.raises(ValueError, match="lattice steps"):
+        noise_of((1.0, -1.0, -1.0), 100)
 
 
 def test_prefix_sums_are_far_less_noisy_than_with_independent_noise():

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,6 +260,46 @@ class HandMade:
     settings_of = staticmethod(settings_of)
     initial = INITIAL
     rate = RATE
+
+
+class Gate:
+    """An executor of threads; jobs of the kind `held` end, their results stored, when the test opens the gate."""
+
+    def __init__(self, held) -> None:
+        self._pool = ThreadPoolExecutor(4)
+        self._held = held
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def submit(self, job, argument):
+        return self._pool.submit(self._run, job, argument)
+
+    def _run(self, job, argument):
+        result = job(argument)
+        if job is self._held:
+            self.reached.set()
+            self.opened.wait(60)
+        return result
+
+    def warm_up(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.opened.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def make_gate():
+    """Executors that keep one kind of job from ending."""
+    made = []
+
+    def make(held):
+        made.append(Gate(held))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 @pytest.fixture

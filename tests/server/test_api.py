@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from fedcompute.crypto.keys import parse_public_keys
-from fedcompute.protos import federatedcompute_pb2, plan_pb2, task_assignments_pb2, task_pb2
+from fedcompute.protos import federatedcompute_pb2, learning_pb2, plan_pb2, task_assignments_pb2, task_pb2
 
 Rejection = federatedcompute_pb2.RejectionReason
 Report = task_assignments_pb2.ReportResultRequest
@@ -71,6 +71,39 @@ def test_an_assignment_names_what_a_device_needs(api, hand_made):
     assert (first.min_sep_policy.current_index, first.min_sep_policy.minimum_separation) == (1, 3)
     assert second.data_availability_policy.min_example_count == 7
     assert assignment.example_selector.collection_uri == "app://examples"
+
+
+@pytest.mark.parametrize(("claimed", "configured", "told"), [(0, None, 1), (0, 0, 1), (4, 2, 4), (2, 5, 5)])
+def test_where_noise_hides_one_contribution_devices_are_told_to_make_no_second_one(
+    api, hand_made, claimed, configured, told
+):
+    process = hand_made.process_of(learning_pb2.FixedGaussian(clip_norm=1.0, noise_multiplier=1.0, report_goal=1))
+    process.privacy_claim.minimum_separation = claimed
+    info = task_pb2.TaskInfo(traffic_weight=100)
+    info.training_info.SetInParent()
+    if configured is not None:
+        policies = info.training_info.eligibility_task_info.eligibility_policies
+        policies.add().min_sep_policy.minimum_separation = configured
+    population = f"once-{claimed}-{configured}"
+    api.open_task(population, process, info=info)
+    (policy,) = api.assignment(population).eligibility_task_info.eligibility_policies
+    assert (policy.min_sep_policy.current_index, policy.min_sep_policy.minimum_separation) == (1, told)
+
+
+def test_an_evaluation_with_noised_metrics_has_a_device_once_a_round(api, hand_made):
+    training = hand_made.process_of()
+    trained = api.open_task("graded-once", training, goal=1, room=1)
+    api.contribute("graded-once", hand_made.update_of(training, hand_made.initial))
+    api.wait_for("graded-once", trained, "COMPLETED")
+    info = task_pb2.TaskInfo(traffic_weight=1)
+    info.evaluation_info.training_population_name = "graded-once"
+    info.evaluation_info.training_task_id = trained
+    info.evaluation_info.check_point_selector.iteration_selector.size = 1
+    training.metric_noise.clip_norm, training.metric_noise.noise_multiplier = 100.0, 1.0
+    evaluation = hand_made.evaluation_of(training, ["sparse_categorical_accuracy"])
+    api.open_task("graded-once", evaluation, goal=1, room=1, info=info)
+    (policy,) = api.assignment("graded-once").eligibility_task_info.eligibility_policies
+    assert policy.min_sep_policy.minimum_separation == 1
 
 
 def test_gzip_resources_announce_gzip_in_message_and_header(api, hand_made):

@@ -32,6 +32,7 @@ from fedcompute.storage.batches import create_batch
 from fedcompute.storage.iterations import move_iteration
 from fedcompute.storage.keys import AssignmentKey, IterationKey, TaskKey
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus
+from fedcompute.storage.tasks import pause_task, resume_task
 
 MINUTES_15 = timedelta(minutes=15)
 
@@ -284,6 +285,32 @@ def test_the_capacity_count_reads_an_index(database, database_url):
             plan = " ".join(row[0] for row in tx.exec_driver_sql(f"EXPLAIN {query}"))
             assert "using ix_assignment_iteration_status" in plan or "on ix_assignment_iteration_status" in plan
             assert "Filter" not in plan
+
+
+def test_a_paused_task_gives_no_place_away_and_keeps_those_it_gave(database, collecting, check_in, now):
+    key = collecting()
+    first = check_in(key="device/1")
+    with database.write() as tx:
+        assert pause_task(tx, key.task, now)
+    assert check_in() == Declined(DeclineKind.NOT_OPEN)
+    assert check_in(key="device/2") == Declined(DeclineKind.NOT_OPEN)
+    assert check_in(key="device/1").assignment == first.assignment
+    assert check_in("others") == Declined(DeclineKind.NOT_ACTIVE)
+    with database.write() as tx:
+        assert report_completed(tx, first.assignment.key, now)
+        assert move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.COMPLETED, now)
+    # Between two rounds an open task has nothing; a paused one will have.
+    assert check_in() == Declined(DeclineKind.NOT_OPEN)
+    with database.write() as tx:
+        assert resume_task(tx, key.task, now)
+    assert check_in() == Declined(DeclineKind.NOT_ACTIVE)
+
+
+def test_a_paused_task_leaves_devices_to_the_other_task(collecting, check_in, database, now):
+    training, evaluation = collecting(), collecting(evaluates=1, weight=0)
+    with database.write() as tx:
+        assert pause_task(tx, training.task, now)
+    assert check_in().iteration.key == evaluation
 
 
 def test_a_late_device_is_canceled_once_and_only_while_it_is_open(database, collecting, check_in, uploaded, now):

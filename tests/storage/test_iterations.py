@@ -5,6 +5,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from fedcompute.errors import Reason
 from fedcompute.privacy.chain import GENESIS, Release, chained
 from fedcompute.storage import schema
 from fedcompute.storage.iterations import (
@@ -20,7 +21,7 @@ from fedcompute.storage.iterations import (
 from fedcompute.storage.keys import IterationKey
 from fedcompute.storage.releases import Standing, append_releases, completed_iterations, ledger_entries, metrics_of
 from fedcompute.storage.schema import IterationStatus, TaskStatus
-from fedcompute.storage.tasks import cancel_task, get_task
+from fedcompute.storage.tasks import cancel_task, get_task, pause_task
 
 FIRST = Standing(0, None)
 
@@ -196,6 +197,29 @@ def test_nothing_is_released_when_the_successor_exists(database, applying, follo
         assert get_iteration(tx, key).status is IterationStatus.APPLYING
         assert ledger_entries(tx, "digits") == []
         assert metrics_of(tx, key.task) == []
+
+
+@pytest.mark.parametrize("end", [None, Reason.BUDGET_SPENT])
+def test_a_paused_task_releases_its_round_and_opens_and_ends_nothing(database, applying, releases, now, end):
+    key = applying()
+    with database.write() as tx:
+        assert pause_task(tx, key.task, now)
+        following = next_iteration(get_task(tx, key.task), get_iteration(tx, key))
+        assert not create_iteration(tx, following, now)
+        assert close_and_open_next(
+            tx, key, metrics={}, releases=releases(key), standing=FIRST,
+            following=None if end else following, now=now, end=end,
+        )  # fmt: skip
+        assert get_task(tx, key.task).status is TaskStatus.PAUSED
+        assert [row.status for row in iterations_of(tx, key.task)] == [IterationStatus.COMPLETED]
+
+
+def test_a_paused_task_completes_with_its_last_round(database, applying, releases, now):
+    key = applying(total_iteration=1)
+    with database.write() as tx:
+        assert pause_task(tx, key.task, now)
+        assert close_and_open_next(tx, key, metrics={}, releases=releases(key), standing=FIRST, following=None, now=now)
+        assert get_task(tx, key.task).status is TaskStatus.COMPLETED
 
 
 def test_a_canceled_task_releases_nothing(database, applying, releases, now):

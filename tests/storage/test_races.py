@@ -46,7 +46,7 @@ from fedcompute.storage.releases import (
     standing_of,
 )
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus, TaskStatus
-from fedcompute.storage.tasks import cancel_task, create_task, get_task, list_tasks
+from fedcompute.storage.tasks import cancel_task, create_task, get_task, list_tasks, pause_task
 
 FIRST = Standing(0, None)
 
@@ -162,6 +162,30 @@ def test_a_round_that_is_closed_and_canceled_at_once_is_one_of_the_two(database,
             ended = TaskStatus.CANCELED if canceled else TaskStatus.COMPLETED
             assert get_task(tx, key.task).status is ended
             assert len(ledger_entries(tx, population)) == closed
+
+
+def test_a_round_that_is_closed_while_its_task_is_paused_is_released_and_followed_by_at_most_the_one_next(
+    database, applying, race, now
+):
+    for population in ("a", "b", "c"):
+        key = applying(population=population)
+
+        def work(opened, index, key=key):
+            with opened.write() as tx:
+                if index == 0:
+                    return pause_task(tx, key.task, now)
+                following = next_iteration(get_task(tx, key.task), get_iteration(tx, key))
+                return close_and_open_next(
+                    tx, key, metrics={}, releases=[release_of(key)], standing=FIRST, following=following, now=now
+                )
+
+        assert race(2, work) == [True, True]
+        with database.read() as tx:
+            assert get_task(tx, key.task).status is TaskStatus.PAUSED
+            assert len(ledger_entries(tx, population)) == 1
+            first, *rest = [row.status for row in iterations_of(tx, key.task)]
+        assert first is IterationStatus.COMPLETED
+        assert rest in ([], [IterationStatus.COLLECTING])
 
 
 def test_entries_that_race_for_a_place_in_the_ledger_get_one_each(database, race, now):

@@ -17,6 +17,8 @@ from fedcompute.storage.tasks import (
     get_task,
     list_tasks,
     open_task,
+    pause_task,
+    resume_task,
     task_message,
 )
 
@@ -166,6 +168,39 @@ def test_transitions_ask_for_the_old_status_and_write_history_from_zero(database
     assert (row.status, row.started, row.stopped) == (TaskStatus.COMPLETED, now, later)
     assert [(entry.status_id, entry.status) for entry in history] == [(0, 2), (1, 0), (2, 1)]
     assert [entry.created_time for entry in history] == [now, now, later]
+
+
+def test_a_task_is_paused_and_resumed_as_often_as_wanted_each_time_once_and_in_history(database, task_proto, now):
+    with database.write() as tx:
+        key = create_task(tx, task_proto(), now).key
+        assert not pause_task(tx, key, now)
+        assert open_task(tx, key, now)
+        for _ in range(2):
+            assert not resume_task(tx, key, now)
+            assert pause_task(tx, key, now)
+            assert not pause_task(tx, key, now)
+            assert get_task(tx, key).status is TaskStatus.PAUSED
+            assert resume_task(tx, key, now)
+        assert (get_task(tx, key).status, get_task(tx, key).stopped) == (TaskStatus.OPEN, None)
+        history = tx.execute(schema.task_status_history.select().order_by("status_id")).all()
+    assert [(entry.status_id, entry.status) for entry in history] == [(0, 2), (1, 0), (2, 3), (3, 0), (4, 3), (5, 0)]
+
+
+@pytest.mark.parametrize("end", [cancel_task, fail_task, complete_task])
+def test_a_paused_task_is_active_and_every_end_is_open_to_it(database, task_proto, now, end):
+    with database.write() as tx:
+        key = create_task(tx, task_proto(), now).key
+        assert open_task(tx, key, now)
+        assert pause_task(tx, key, now)
+        with pytest.raises(RequestRejected) as caught:
+            create_task(tx, task_proto(), now)
+        assert caught.value.reason is Reason.TASK_CONFLICT
+        assert task_message(get_task(tx, key)).status == task_pb2.TaskStatus.PAUSED == 6
+        assert not complete_task(tx, key, now, statuses=[TaskStatus.OPEN])
+        assert end(tx, key, now)
+        assert not resume_task(tx, key, now)
+        assert not pause_task(tx, key, now)
+        assert get_task(tx, key).stopped == now
 
 
 @pytest.mark.parametrize("end", [cancel_task, fail_task])

@@ -232,7 +232,7 @@ def _train(console: Console, settings: Settings, task: SampleTask, tasks: tuple[
             status = training["task"]["status"]
             if status == "COMPLETED":
                 return
-            if status != "OPEN":
+            if status not in ("OPEN", "PAUSED"):
                 failure = training["failure"] or {}
                 raise OperationFailed(
                     Reason.INTERNAL, f"the training task is {status}: {failure.get('message', 'no reason given')}"

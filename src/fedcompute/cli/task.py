@@ -16,7 +16,7 @@ _OVER = {"COMPLETED", "CANCELED", "FAILED"}
 # A server that restarts is away for a moment; a watcher waits that long.
 _PATIENCE_SECONDS = 30.0
 
-app = typer.Typer(no_args_is_help=True, help="Configure, build, list, show, watch and cancel tasks.")
+app = typer.Typer(no_args_is_help=True, help="Configure, build, list, show, watch, pause, resume and cancel tasks.")
 
 app.command(
     "build",
@@ -102,10 +102,38 @@ def cancel(
             f"task {population}/{task_id} is {status} and stays so",
             remedy="nothing to do; only a task that is not over can be canceled",
         )
+    _tell(population, task_id, status, as_json)
+
+
+@app.command(epilog="Example: fedcompute task pause --population my_population --task-id 1")
+def pause(
+    population: options.Population,
+    task_id: options.TaskId,
+    server: options.Server = options.DEFAULT_SERVER,
+    as_json: options.AsJson = False,
+) -> None:
+    """Pause a task: no more devices are assigned and no round follows; devices that have a place finish."""
+    OperatorApi(server).pause(population, task_id)
+    _tell(population, task_id, "PAUSED", as_json)
+
+
+@app.command(epilog="Example: fedcompute task resume --population my_population --task-id 1")
+def resume(
+    population: options.Population,
+    task_id: options.TaskId,
+    server: options.Server = options.DEFAULT_SERVER,
+    as_json: options.AsJson = False,
+) -> None:
+    """Resume a paused task where it stopped."""
+    OperatorApi(server).resume(population, task_id)
+    _tell(population, task_id, "OPEN", as_json)
+
+
+def _tell(population: str, task_id: int, status: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"population": population, "task_id": task_id, "status": status}))
     else:
-        typer.echo(f"task {population}/{task_id} is canceled")
+        typer.echo(f"task {population}/{task_id} is {status.lower()}")
 
 
 def _watch(api: OperatorApi, population: str, task_id: int, interval: float) -> dict[str, Any]:

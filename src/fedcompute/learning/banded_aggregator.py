@@ -17,7 +17,7 @@ from fedcompute.learning.aggregators import (
     event_leaves,
     update_leaves,
 )
-from fedcompute.privacy.banded import column_norm, next_noise
+from fedcompute.privacy.banded import column_norm, next_noise, rounding_bound
 from fedcompute.privacy.ledger import BandedEvent
 from fedcompute.privacy.noise import NoiseSource
 from fedcompute.tensors.partial_sum import PartialSum
@@ -57,16 +57,20 @@ def _release(process: Process, state: Tensors, total: PartialSum, noise: NoiseSo
     names = update_leaves(process, DELTA)
     step = total.steps[names[0]]
     deviation, denominator = float(state[_DEVIATION]), float(state[f"{_QUERY}/denominator"])
+    norm = column_norm(coefficients)
+    multiplier = deviation / (float(state[_CLIP]) * norm)
+    elements = sum(total.lattice[name].size for name in names)
+    # A few millionths more, for what rounding adds to the sensitivity.
+    drawn_deviation = deviation / step + multiplier * rounding_bound(elements, len(coefficients))
     new: State = {"aggregator/is_init_state": np.array(False)}
     mean = {}
     for index, name in enumerate(names):
         history = _history(state, f"{_HISTORY}/{index}", (len(coefficients) - 1, *total.lattice[name].shape))
-        drawn = next_noise(coefficients, history, deviation / step, noise)
+        drawn = next_noise(coefficients, history, drawn_deviation, noise)
         mean[name] = (total.lattice[name] + drawn) * np.float64(step / denominator)
         new[f"{_HISTORY}/{index}"] = np.concatenate([drawn[np.newaxis], history])[: len(coefficients) - 1]
     rounds = int(state[_ROUNDS]) + 1
     new[_ROUNDS] = np.array(rounds, np.int64)
-    multiplier = deviation / (float(state[_CLIP]) * column_norm(coefficients))
     return Aggregated(mean, new, (BandedEvent(multiplier, len(coefficients), rounds),))
 
 

@@ -95,17 +95,30 @@ class OperatorApi:
 
     def cancel(self, population: str, task_id: int) -> str:
         """Cancels a task and returns its status; a task that was over already keeps the status it had."""
-        from google.protobuf.message import DecodeError
-
-        path = f"/taskmanagement/v1/population/{quote(population, safe='')}/tasks/{task_id}:cancel"
-        data, _ = self._ask("POST", path, {}, _DOCUMENT_LIMIT)
-        try:
-            status = task_pb2.GetTaskByIdResponse.FromString(data).task.status
-        except DecodeError:
-            raise self._invalid("it is no task") from None
+        status = self._change(population, task_id, "cancel")
         if status in _ACTIVE:
             raise self._invalid("the task is still active")
         return task_pb2.TaskStatus.Enum.Name(status)
+
+    def pause(self, population: str, task_id: int) -> None:
+        """Pauses an open task; TASK_CONFLICT if it is not open."""
+        if self._change(population, task_id, "pause") != task_pb2.TaskStatus.PAUSED:
+            raise self._invalid("the task is not paused")
+
+    def resume(self, population: str, task_id: int) -> None:
+        """Resumes a paused task; TASK_CONFLICT if it is not paused."""
+        if self._change(population, task_id, "resume") != task_pb2.TaskStatus.OPEN:
+            raise self._invalid("the task is not open")
+
+    def _change(self, population: str, task_id: int, verb: str) -> task_pb2.TaskStatus.Enum:
+        from google.protobuf.message import DecodeError
+
+        path = f"/taskmanagement/v1/population/{quote(population, safe='')}/tasks/{task_id}:{verb}"
+        data, _ = self._ask("POST", path, {}, _DOCUMENT_LIMIT)
+        try:
+            return task_pb2.GetTaskByIdResponse.FromString(data).task.status
+        except DecodeError:
+            raise self._invalid("it is no task") from None
 
     def _document(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         return self._parsed(self._ask("GET", path, query, _DOCUMENT_LIMIT)[0])

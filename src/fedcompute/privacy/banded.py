@@ -18,6 +18,8 @@ from fedcompute.privacy.noise import NoiseSource
 SCALE = 1 << 12
 # Rounds that the search for coefficients looks at; longer tasks get the coefficients of so many.
 _HORIZON = 1 << 14
+# Of one round: 100 bands of it, and the draws of every deviation that there is, fit an int64 together.
+_LARGEST_NOISE = 1 << 56
 
 
 def optimal_coefficients(rounds: int, bands: int) -> tuple[float, ...]:
@@ -76,23 +78,41 @@ def are_usable(coefficients: Sequence[float]) -> bool:
     )
 
 
+def rounding_bound(elements: int, bands: int) -> float:
+    """What rounding adds to the sensitivity of one participation, in lattice steps, for sums of so many elements.
+
+    Formal guarantees: rounding moves each element by less than one step in each of the `bands` rounds in which one
+    participation moves C S, and nothing elsewhere, so that their L2 norm together is below this; see `next_noise`.
+    """
+    return math.sqrt(elements * bands)
+
+
 def next_noise(
     coefficients: Sequence[float], history: NDArray[np.int64], deviation: float, noise: NoiseSource
 ) -> NDArray[np.int64]:
     """The noise of a round for one leaf, in lattice steps, given that of the rounds before it.
 
     `history`: [bands - 1, ...shape], newest first, zeros before the first round; `deviation`: of z, lattice steps.
+    Raises ValueError for noise that leaves the range in which this is exact.
 
-    Formal guarantees: with noise y_t = round(z_t - sum_j c_j y_(t-j)), the release S_t + y_t equals round((C S)_t +
-    z_t - sum_j c_j (S + y)_(t-j)): a function of the noised (C S)_t and of earlier releases, hence post-processing of
-    the Gaussian mechanism over C S with L2 sensitivity as in `column_norm`, exactly, because all of it is computed in
-    integers. Holds also when later sums depend on earlier releases (arXiv 2202.08312, theorem 2.1).
+    Formal guarantees: with noise y_t = round(z_t - sum_j c_j y_(t-j)), the release S_t + y_t equals z_t + round((C S)_t
+    - sum_j c_j (S + y)_(t-j)): a function of earlier releases and of an integer with integer noise, in which a device
+    moves that integer by less than one step more than (C S)_t, in elements where it moves it at all. That is the
+    Gaussian mechanism over C S with the L2 sensitivity of `column_norm` plus `rounding_bound` (add-or-remove-one
+    device), exactly, because all of it is computed in integers that do not overflow. Holds also when later sums
+    depend on earlier releases (arXiv 2202.08312, theorem 2.1).
     """
     drawn = noise.gaussian(deviation, math.prod(history.shape[1:])).reshape(history.shape[1:])
-    total = drawn * SCALE
+    rest = np.zeros_like(drawn)
     for coefficient, earlier in zip(coefficients[1:], history, strict=True):
-        total = total - round(coefficient * SCALE) * earlier
-    return rounded_division(total, SCALE)
+        factor = round(coefficient * SCALE)
+        # Whole multiples of SCALE apart: their product with the factor would leave int64.
+        drawn = drawn - factor * (earlier // SCALE)
+        rest -= factor * (earlier % SCALE)
+    result = drawn + rounded_division(rest, SCALE)
+    if result.size and max(int(result.max()), -int(result.min())) > _LARGEST_NOISE:
+        raise ValueError(f"correlated noise of more than {_LARGEST_NOISE} lattice steps")
+    return result
 
 
 def _logarithm_of_error(tail: NDArray[np.float64], rounds: int) -> tuple[float, NDArray[np.float64]]:

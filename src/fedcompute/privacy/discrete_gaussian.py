@@ -28,8 +28,10 @@ def discrete_gaussian(deviation: float, count: int, words: Words) -> NDArray[np.
     the other acceptance probabilities are float64 exponentials of arguments with an error below 2**-45, so that each
     probability of a value within 10 deviations is exact to a factor 1 +- 2**-43. A release of n elements is thereby at
     most n * 2**-42 away in epsilon from the ideal one (3e-7 for a million), and a value beyond 10 deviations adds
-    2**-75 per element to delta. For deviations above 2**20 steps, as every noise multiplier from 0.001 on has, the
-    draws are within the same factor of the continuous Gaussian rounded to the lattice, whose accounting is used.
+    2**-75 per element to delta. Accounting uses the continuous Gaussian: rounded to the lattice, which is
+    post-processing, it differs from the discrete one within 10 deviations by a factor of 1 +- 4.2 / deviation**2. From
+    2**23 steps on, as noise multipliers from 0.01 on have, that is no more than 2**-43 again; it is 2**-37 for a
+    multiplier of 0.001, and 2**-29 for the one bit per round of a report goal of 1.
     """
     if not 0 <= deviation <= MAX_DEVIATION:
         raise ValueError(f"a deviation of {deviation} lattice steps is not between 0 and {MAX_DEVIATION:g}")

@@ -15,7 +15,7 @@ from fedcompute.storage import schema, transitions
 from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.iterations import IterationRow, get_iteration, iteration_row
 from fedcompute.storage.keys import AssignmentKey, BatchKey, IterationKey, TaskKey
-from fedcompute.storage.schema import ACTIVE_ITERATION, AssignmentStatus, IterationStatus, TaskStatus
+from fedcompute.storage.schema import ACTIVE_ITERATION, STARTED_TASK, AssignmentStatus, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import TaskRow, get_task
 
 IDEMPOTENCY_LIFETIME = timedelta(minutes=5)
@@ -102,9 +102,8 @@ def assign(
     ]
     free = [(iteration, weight) for iteration, weight in fitting if _has_room(tx, iteration)]
     if not free:
-        return Declined(
-            _decline_kind(bool(candidates), any(not is_open for _, _, is_open in candidates), bool(fitting))
-        )
+        closed = any(not is_open for _, _, is_open in candidates) or _has_paused_task(tx, population)
+        return Declined(_decline_kind(bool(candidates), closed, bool(fitting)))
     iteration = _weighted(free, choose)
     task = get_task(tx, iteration.key.task)
     assert task is not None, "an iteration's foreign key is its task"
@@ -197,7 +196,7 @@ def cancel_late(tx: Transaction, key: AssignmentKey, now: datetime) -> bool:
 def cancel_unused(tx: Transaction, iteration: IterationKey, now: datetime) -> int:
     """LOCAL_COMPLETED, and UPLOAD_COMPLETED without a batch, -> CANCELED; returns how many.
 
-    For a round that has completed: it needs none of them any more. Devices that still compute keep their state, so
+    For a round that is over: it needs none of them any more. Devices that still compute keep their state, so
     that their reports and time-outs tell how they fared.
     """
     table = schema.assignment
@@ -331,7 +330,7 @@ def _candidates(tx: Transaction, population: str) -> list[tuple[IterationRow, in
         .where(
             table.c.population_name == population,
             table.c.status.in_([int(status) for status in ACTIVE_ITERATION]),
-            task.c.status.in_([int(TaskStatus.OPEN), int(TaskStatus.PAUSED)]),
+            task.c.status.in_([int(status) for status in STARTED_TASK]),
         )
         .order_by(table.c.task_id, table.c.iteration_id, table.c.attempt_id)
     )
@@ -341,6 +340,12 @@ def _candidates(tx: Transaction, population: str) -> list[tuple[IterationRow, in
         is_open = iteration.status is IterationStatus.COLLECTING and row.task_status == TaskStatus.OPEN
         found.append((iteration, iteration.info.task_info.traffic_weight, is_open))
     return found
+
+
+def _has_paused_task(tx: Transaction, population: str) -> bool:
+    table = schema.task
+    paused = (table.c.population_name == population) & (table.c.status == int(TaskStatus.PAUSED))
+    return tx.execute(select(table.c.task_id).where(paused).limit(1)).first() is not None
 
 
 def _has_room(tx: Transaction, iteration: IterationRow) -> bool:
@@ -392,7 +397,7 @@ def _repeated(tx: Transaction, key_hash: str, now: datetime) -> Assigned | None:
     iteration, task = get_iteration(tx, assignment.key.iteration), get_task(tx, assignment.key.task)
     assert iteration is not None, "an assignment's foreign key is its iteration"
     assert task is not None, "an iteration's foreign key is its task"
-    if iteration.status is not IterationStatus.COLLECTING or task.status is not TaskStatus.OPEN:
+    if iteration.status is not IterationStatus.COLLECTING or task.status not in STARTED_TASK:
         return None
     return Assigned(assignment, iteration, task, repeated=True)
 

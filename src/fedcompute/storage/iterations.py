@@ -188,7 +188,8 @@ def close_and_open_next(
     """Releases an iteration: APPLYING -> COMPLETED, its metrics, its ledger entries, and what comes next, or nothing.
 
     What comes next: with `following` None and the iteration id at the task's total, or with a reason in `end`, the
-    task completes; with neither (an evaluation without a checkpoint) the task stays OPEN; else `following` opens.
+    task completes; with neither (an evaluation without a checkpoint) the task stays OPEN; else `following` opens. A
+    PAUSED task completes with its last iteration and otherwise stays PAUSED: `following` and `end` wait.
     `standing`: see `append_releases`. False, and nothing written, if the iteration was not APPLYING or its successor
     exists already: another worker was first. Raises LedgerMoved if the standing is no longer true, ValueError if
     `following` or one of `releases` belongs to another iteration, and whatever the database raises; the transaction
@@ -240,15 +241,17 @@ def _close(
     end: Reason | None,
 ) -> bool:
     task = schema.task
-    total = tx.execute(select(task.c.total_iteration).where(schema.of_task(task, key.task))).scalar_one_or_none()
-    if total is None or not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.COMPLETED, now):
+    row = tx.execute(select(task.c.total_iteration, task.c.status).where(schema.of_task(task, key.task))).one_or_none()
+    if row is None or not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.COMPLETED, now):
         return False
     record_metrics(tx, key, metrics, now)
     append_releases(tx, key, releases, standing, now)
-    if key.iteration_id >= total:
+    if key.iteration_id >= row.total_iteration:
         if following is not None:
-            raise ValueError(f"the task of {key} ends after {total} iterations")
+            raise ValueError(f"the task of {key} ends after {row.total_iteration} iterations")
         return complete_task(tx, key.task, now)
+    if row.status == TaskStatus.PAUSED:
+        return True
     if end is not None:
         return complete_task(tx, key.task, now, reason=end)
     return following is None or create_iteration(tx, following, now)

@@ -45,6 +45,8 @@ class TaskStatus(IntEnum):
 
 
 ACTIVE_TASK = (TaskStatus.CREATED, TaskStatus.OPEN, TaskStatus.PAUSED)
+# With artifacts that are ready, so that a round may be under way.
+STARTED_TASK = (TaskStatus.OPEN, TaskStatus.PAUSED)
 
 TO_API: Mapping[TaskStatus, task_pb2.TaskStatus.Enum] = {
     TaskStatus.OPEN: task_pb2.TaskStatus.OPEN,

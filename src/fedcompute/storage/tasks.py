@@ -16,7 +16,7 @@ from fedcompute.protos import task_pb2
 from fedcompute.storage import schema, transitions
 from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import TaskKey
-from fedcompute.storage.schema import ACTIVE_ITERATION, TO_API, IterationStatus, TaskKind, TaskStatus
+from fedcompute.storage.schema import ACTIVE_ITERATION, STARTED_TASK, TO_API, IterationStatus, TaskKind, TaskStatus
 
 POPULATION_LIMIT = 64
 VERSION_LIMIT = 32
@@ -142,14 +142,38 @@ def open_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
     return _move(tx, key, TaskStatus.CREATED, TaskStatus.OPEN, now, start_time=now)
 
 
-def complete_task(tx: Transaction, key: TaskKey, now: datetime, *, reason: Reason | None = None) -> bool:
-    """OPEN -> COMPLETED; False if the task was not OPEN. `reason`: why, if it has not run all of its rounds."""
-    return _move(tx, key, TaskStatus.OPEN, TaskStatus.COMPLETED, now, stop_time=now, reason=_code(reason))
+def pause_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
+    """OPEN -> PAUSED; False if the task was not OPEN.
+
+    A round in progress goes on with the devices that it has: nobody else is assigned, and no other round follows.
+    """
+    return _move(tx, key, TaskStatus.OPEN, TaskStatus.PAUSED, now)
+
+
+def resume_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
+    """PAUSED -> OPEN; False if the task was not PAUSED."""
+    return _move(tx, key, TaskStatus.PAUSED, TaskStatus.OPEN, now)
+
+
+def complete_task(
+    tx: Transaction,
+    key: TaskKey,
+    now: datetime,
+    *,
+    reason: Reason | None = None,
+    statuses: Collection[TaskStatus] = STARTED_TASK,
+) -> bool:
+    """OPEN or PAUSED, or what `statuses` allows of the two, -> COMPLETED; False if the task was in none of them.
+
+    `reason`: why, if it has not run all of its rounds.
+    """
+    changes = {"stop_time": now, "reason": _code(reason)}
+    return any(_move(tx, key, old, TaskStatus.COMPLETED, now, **changes) for old in statuses)
 
 
 def fail_task(tx: Transaction, key: TaskKey, now: datetime, *, reason: Reason | None = None) -> bool:
-    """CREATED or OPEN -> FAILED, its active iterations -> CANCELED; False if the task was in neither state."""
-    return _stop(tx, key, (TaskStatus.OPEN, TaskStatus.CREATED), TaskStatus.FAILED, now, reason=_code(reason))
+    """CREATED, OPEN or PAUSED -> FAILED, its active iterations -> CANCELED; False if the task was already over."""
+    return _stop(tx, key, schema.ACTIVE_TASK, TaskStatus.FAILED, now, reason=_code(reason))
 
 
 def cancel_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:

@@ -5,6 +5,7 @@ import secrets
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import eligibility_pb2, federatedcompute_pb2, task_assignments_pb2
 from fedcompute.server.context import Context, now
+from fedcompute.server.rounds.spending import has_noise
 from fedcompute.server.settings import RetryWindow, Settings
 from fedcompute.storage import assignments
 from fedcompute.storage.assignments import Assigned, Declined, DeclineKind
@@ -132,7 +133,7 @@ def _assignment(context: Context, assigned: Assigned) -> task_assignments_pb2.Ta
         self_uri=f"{name}/aggregation/{key.iteration_id}/task-assignment/{session_id}",
         init_checkpoint=_resource(context, client_checkpoint_path(task, iteration.base_on_result_id)),
         plan=_resource(context, client_only_plan_path(task)),
-        eligibility_task_info=_eligibility(assigned, key),
+        eligibility_task_info=_eligibility(context, assigned, key),
         example_selector=context.plans.example_selector(task),
     )
 
@@ -143,10 +144,17 @@ def _resource(context: Context, path: str) -> federatedcompute_pb2.Resource:
     return federatedcompute_pb2.Resource(uri=url, compression_format=_GZIP)
 
 
-def _eligibility(assigned: Assigned, key: IterationKey) -> eligibility_pb2.EligibilityTaskInfo:
+def _eligibility(context: Context, assigned: Assigned, key: IterationKey) -> eligibility_pb2.EligibilityTaskInfo:
     info = eligibility_pb2.EligibilityTaskInfo()
     if assigned.task.is_training:
         info.CopyFrom(assigned.task.info.training_info.eligibility_task_info)
+    process = context.plans.server_plan(key.task).process
+    if has_noise(process):
+        # Noise hides one contribution of a device to a round, and the plan may claim more than its task says.
+        least = max(1, process.privacy_claim.minimum_separation)
+        told = [policy for policy in info.eligibility_policies if policy.HasField("min_sep_policy")]
+        for policy in told or [info.eligibility_policies.add()]:
+            policy.min_sep_policy.minimum_separation = max(least, policy.min_sep_policy.minimum_separation)
     for policy in info.eligibility_policies:
         if policy.HasField("min_sep_policy"):
             policy.min_sep_policy.current_index = key.iteration_id

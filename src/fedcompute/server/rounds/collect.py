@@ -9,6 +9,7 @@ from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.aggregate import AggregateJob, AggregateResult, aggregate
+from fedcompute.server.rounds.jobs import Outcome
 from fedcompute.server.rounds.schedule import fail
 from fedcompute.storage.assignments import (
     assignments_of_batch,
@@ -27,8 +28,8 @@ from fedcompute.storage.batches import (
     publish_batch,
     sum_batches,
 )
-from fedcompute.storage.database import Transaction
-from fedcompute.storage.iterations import IterationRow, list_iterations, move_iteration
+from fedcompute.storage.database import Transaction, lock_population
+from fedcompute.storage.iterations import IterationRow, get_iteration, list_iterations, move_iteration
 from fedcompute.storage.paths import GRADIENT, aggregate_path, client_checkpoint_path, server_plan_path, update_path
 from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus
 from fedcompute.storage.secrets import private_keys
@@ -46,6 +47,8 @@ def collect(context: Context, iteration: IterationRow) -> bool:
             return changed
     capped = _fixed_denominator(context, iteration)
     with context.database.write() as tx:
+        if not _still(tx, iteration):
+            return changed
         moved = mark_uploaded(tx, iteration.key, arrived, now()) if arrived else []
         changed |= bool(moved) | _form_batches(context, tx, iteration, capped)
         for batch in list_batches(tx, iteration.key, statuses=[BatchStatus.FULL]):
@@ -60,6 +63,8 @@ def finish_aggregating(context: Context, iteration: IterationRow) -> bool:
     """One look at an AGGREGATING iteration: when every batch has ended it goes on, or back to collecting."""
     changed = run_batches(context, iteration)
     with context.database.write() as tx:
+        if not _still(tx, iteration):
+            return changed
         if list_batches(tx, iteration.key, statuses=[BatchStatus.FULL, BatchStatus.PUBLISH_COMPLETED]):
             return changed
         enough = sum_batches(tx, iteration.key).accepted >= iteration.report_goal
@@ -77,15 +82,9 @@ def run_batches(context: Context, iteration: IterationRow) -> bool:
     changed = False
     for batch in published:
         outcome = context.jobs.poll(batch.key, aggregate, partial(_job, context, iteration, batch))
-        if outcome is None:
+        # A round that has moved on is looked at again as it is then; one that is over asks for no sum.
+        if outcome is None or not _record(context, iteration, batch, outcome):
             continue
-        if outcome.error is not None:
-            with context.database.write() as tx:
-                fail_batch(tx, batch.key, outcome.error.reason, now())
-                move_iteration(tx, iteration.key, iteration.status, IterationStatus.AGGREGATING_FAILED, now())
-            fail(context, iteration.key.task, outcome.error)
-        else:
-            _record(context, batch, outcome.result)
         context.jobs.forget(batch.key)
         changed = True
     return changed
@@ -138,6 +137,13 @@ def time_out(context: Context) -> bool:
     if late or slow:
         _LOG.info("%d assignments timed out computing, %d uploading", len(slow), len(late))
     return bool(late or slow or stored)
+
+
+def _still(tx: Transaction, iteration: IterationRow) -> bool:
+    """Whether the round is in the status in which it was read; keeps it there until the transaction ends."""
+    lock_population(tx, iteration.key.population)
+    present = get_iteration(tx, iteration.key)
+    return present is not None and present.status is iteration.status
 
 
 def _waiting(context: Context, iteration: IterationRow) -> list[str]:
@@ -194,9 +200,23 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
     )
 
 
-def _record(context: Context, batch: BatchRow, result: AggregateResult) -> None:
-    for one in result.rejected:
-        _LOG.warning("upload of session %.8s rejected: %s [%s]", one.session_id, one.detail, one.reason.value)
+def _record(context: Context, iteration: IterationRow, batch: BatchRow, outcome: Outcome) -> bool:
+    if outcome.error is not None:
+        with context.database.write() as tx:
+            if not _still(tx, iteration):
+                return False
+            failed = fail_batch(tx, batch.key, outcome.error.reason, now())
+            if failed:
+                move_iteration(tx, iteration.key, iteration.status, IterationStatus.AGGREGATING_FAILED, now())
+        if failed:
+            fail(context, iteration.key.task, outcome.error)
+        return True
+    result: AggregateResult = outcome.result
     rejected = {one.session_id: one.reason for one in result.rejected}
     with context.database.write() as tx:
-        finish_batch(tx, batch.key, result.accepted, rejected, now())
+        if not _still(tx, iteration):
+            return False
+        finished = finish_batch(tx, batch.key, result.accepted, rejected, now())
+    for one in result.rejected if finished else ():
+        _LOG.warning("upload of session %.8s rejected: %s [%s]", one.session_id, one.detail, one.reason.value)
+    return True

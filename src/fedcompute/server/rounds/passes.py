@@ -47,16 +47,18 @@ class Passes:
         with context.database.read() as tx:
             created = list_tasks(tx, statuses=[TaskStatus.CREATED])
             opened = list_tasks(tx, statuses=[TaskStatus.OPEN])
+            paused = list_tasks(tx, statuses=[TaskStatus.PAUSED])
         changed |= self._each((str(task.key), partial(open_if_complete, context, task)) for task in created)
-        changed |= self._each((str(task.key), partial(advance, context, task)) for task in opened)
+        changed |= self._each((str(task.key), partial(advance, context, task)) for task in [*opened, *paused])
         with context.database.read() as tx:
             rounds = list_iterations(tx, statuses=ACTIVE_ITERATION)
         context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *opened]})
         forget_preparations(context, {one.key for one in rounds})
+        waiting = {task.key for task in paused}
         changed |= self._each(
             (f"the cost of {one.key}", partial(look_ahead, context, one))
             for one in rounds
-            if one.status is IterationStatus.COLLECTING
+            if one.status is IterationStatus.COLLECTING and one.key.task not in waiting
         )
         return changed | self._each((str(one.key), partial(_STEPS[one.status], context, one)) for one in rounds)
 

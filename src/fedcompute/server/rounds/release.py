@@ -20,7 +20,7 @@ from fedcompute.storage.iterations import (
 )
 from fedcompute.storage.paths import MODEL
 from fedcompute.storage.releases import LedgerMoved
-from fedcompute.storage.schema import IterationStatus
+from fedcompute.storage.schema import IterationStatus, TaskStatus
 from fedcompute.storage.tasks import get_task
 
 _LOG = logging.getLogger(__name__)
@@ -75,11 +75,14 @@ def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> N
             now=now(),
             end=None if result.no_more is None else Reason.BUDGET_SPENT,
         )
+        ended = None
         if closed:
             cancel_unused(tx, iteration.key, now())
+            ended = get_task(tx, iteration.key.task)
     if closed:
         _LOG.info("round %s is complete with %d contributions", iteration.key, result.contributions)
-    if closed and result.no_more is not None:
+    # A paused task asks again when it is resumed.
+    if ended is not None and ended.status is TaskStatus.COMPLETED and result.no_more is not None:
         tell_overspent(context, iteration.key.task, result.no_more)
 
 

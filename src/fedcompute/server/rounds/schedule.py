@@ -31,7 +31,7 @@ from fedcompute.storage.paths import (
     server_plan_path,
 )
 from fedcompute.storage.releases import completed_iterations
-from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus
+from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import TaskRow, complete_task, fail_task, get_task, open_task
 
 _LOG = logging.getLogger(__name__)
@@ -69,7 +69,10 @@ def open_if_complete(context: Context, task: TaskRow) -> bool:
 
 
 def advance(context: Context, task: TaskRow) -> bool:
-    """Gives an open task its next round if none is under way; True if anything changed."""
+    """Gives an open task its next round if none is under way; True if anything changed.
+
+    A paused task gets none; it only ends with its last round.
+    """
     with context.database.read() as tx:
         newest = newest_iteration(tx, task.key)
     if newest is not None and newest.status in ACTIVE_ITERATION:
@@ -82,6 +85,8 @@ def advance(context: Context, task: TaskRow) -> bool:
     if newest is not None and newest.key.iteration_id >= task.total_iteration:
         with context.database.write() as tx:
             return complete_task(tx, task.key, now())
+    if task.status is TaskStatus.PAUSED:
+        return False
     if not task.is_training:
         return _next_evaluation(context, task, newest)
     following = next_iteration(task, newest)
@@ -133,7 +138,8 @@ def _prepare(context: Context, task: TaskRow) -> None:
 
 def _end(context: Context, task: TaskKey, overspent: Overspent) -> bool:
     with context.database.write() as tx:
-        ended = complete_task(tx, task, now(), reason=Reason.BUDGET_SPENT)
+        # Not one that was paused meanwhile: it may get more budget before it goes on.
+        ended = complete_task(tx, task, now(), reason=Reason.BUDGET_SPENT, statuses=[TaskStatus.OPEN])
     if ended:
         tell_overspent(context, task, overspent)
     return ended
