@@ -13,7 +13,7 @@ from fedcompute.builder.differential_privacy import (
     metric_noise,
     privacy_claim,
 )
-from fedcompute.builder.dp_types import bands_in_memory
+from fedcompute.builder.dp_types import bands_in_memory, tree_bytes
 from fedcompute.builder.problem import ConfigProblems
 from fedcompute.builder.validation import validate
 from fedcompute.errors import ConfigInvalid
@@ -218,6 +218,12 @@ def test_bands_follow_the_minimum_separation_and_the_model_s_size(parameters):
     assert bands_in_memory(64, 10**9) == 1
     # Whatever the bands, a device that stays away for as long reveals what so many participations reveal.
     assert parameters("BANDED_MF", separation=3).epsilon == pytest.approx(gaussian_epsilon(7**-0.5, 1e-6), rel=1e-9)
+
+
+def test_the_size_of_a_trees_noise_grows_with_its_levels():
+    # 1,000 rounds fill 10 levels; nodes and what was added, in 8 + 4 bytes each.
+    assert tree_bytes(1000, 10**6) == 12 * 11 * 10**6
+    assert tree_bytes(1, 1) == 24
 
 
 def test_the_bounds_decide_the_check_and_the_exact_value_is_not_waited_for(config, monkeypatch):

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 import fedcompute.storage.migrations as migrations
 from fedcompute.errors import Reason, RequestRejected
-from fedcompute.privacy.budget import Budget, BudgetAssumption
+from fedcompute.privacy.budget import Budget, BudgetAssumption, spent_of
 from fedcompute.privacy.chain import Release, tasks_of, verify_chain, verify_epsilons, verify_events
 from fedcompute.privacy.ledger import GaussianEvent, TreeEvent
 from fedcompute.privacy.participation import Participation
@@ -29,7 +29,7 @@ from fedcompute.storage.releases import (
     ledger_entries,
     standing_of,
 )
-from fedcompute.storage.schema import IterationStatus, TaskStatus
+from fedcompute.storage.schema import IterationStatus, TaskKind, TaskStatus
 from fedcompute.storage.tasks import get_task
 
 FIRST = Standing(0, None)
@@ -225,4 +225,47 @@ def test_a_ledger_of_the_first_schema_is_chained_in_its_order_and_assumes_nothin
         assert verify_chain(ledger_entries(tx, "a")) == []
         assert tx.execute(text("SELECT version_num FROM alembic_version")).scalar() == migrations.HEAD
         assert tx.execute(schema.task.select()).all() == []
+    database.close()
+
+
+def old_rows(kind, task_id, moment):
+    """A completed round of a task as the first schema has it."""
+    task = {
+        "population_name": "plain", "task_id": task_id, "kind": int(kind), "total_iteration": 2,
+        "min_aggregation_size": 5, "max_aggregation_size": 6, "status": 0, "status_id": 1, "status_time": moment,
+        "created_time": moment, "max_parallel": 1, "correlation_id": "", "min_client_version": "0",
+        "max_client_version": "9", "info": {},
+    }  # fmt: skip
+    iteration = {
+        "population_name": "plain", "task_id": task_id, "iteration_id": 1, "attempt_id": 0, "status": 50,
+        "status_id": 1, "status_time": moment, "created_time": moment, "base_iteration_id": 0, "base_on_result_id": 0,
+        "report_goal": 5, "result_id": 1, "info": {}, "aggregation_level": 2, "max_aggregation_size": 6,
+        "min_client_version": "0", "max_client_version": "9",
+    }  # fmt: skip
+    return task, iteration
+
+
+def old_table(name, row):
+    types = {"info": JSON, "status_time": schema.UtcDateTime, "created_time": schema.UtcDateTime}
+    return table(name, *(column(key, types.get(key)) for key in row))
+
+
+def test_rounds_that_the_first_schema_had_no_entry_for_are_in_the_chain_as_unprotected(old_database, now):
+    engine = create_engine(old_database)
+    with engine.begin() as connection:
+        for kind, task_id in ((TaskKind.TRAINING, 1), (TaskKind.EVALUATION, 2)):
+            for name, row in zip(("task", "iteration"), old_rows(kind, task_id, now), strict=True):
+                connection.execute(old_table(name, row).insert(), [row])
+    engine.dispose()
+    database = Database.open(old_database)
+    with database.read() as tx:
+        entries = ledger_entries(tx, "plain")
+    assert [(one.task_id, one.released, one.mechanism) for one in entries] == [
+        (1, "model", "NONE"),
+        (1, "metrics", "NONE"),
+        (2, "metrics", "NONE"),
+    ]
+    assert verify_chain(entries) == verify_events(entries) == verify_epsilons(entries) == []
+    # A budget that is set later knows that nothing is left of it.
+    assert spent_of(Budget(100.0, 1e-6), tasks_of(entries)) == float("inf")
     database.close()

@@ -20,7 +20,7 @@ from fedcompute.builder.differential_privacy import (
     metric_noise,
     privacy_claim,
 )
-from fedcompute.builder.dp_types import DP_TYPES, DpParameters, bands_in_memory
+from fedcompute.builder.dp_types import CHECKPOINT_BYTES, DP_TYPES, DpParameters, bands_in_memory, tree_bytes
 from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.op_check import NO_MINIMUM, flex_ops, min_client_version, supported_ops
@@ -123,11 +123,18 @@ def _process(
     if accounting is None:
         return compose(choices, model, choices.algorithm.plain, metrics)
     dp = accounting.parameters
-    bands = bands_in_memory(dp.bands, sum(weight.size for weight in model.trainable))
+    parameters = sum(weight.size for weight in model.trainable)
+    bands = bands_in_memory(dp.bands, parameters)
     if DP_TYPES[dp.type].mechanism == "banded_mf":
         report.warnings.append(f"the noise of BANDED_MF is correlated over {bands} rounds")
         if bands < dp.bands:
             report.warnings.append(f"{dp.bands} rounds would need more memory for a model of this size")
+    noise_bytes = tree_bytes(dp.rounds, parameters)
+    if "tree" in DP_TYPES[dp.type].mechanism and noise_bytes > CHECKPOINT_BYTES // 2:
+        report.warnings.append(
+            f"the noise of the tree takes up to {noise_bytes >> 20} MiB of a server checkpoint, which may have "
+            f"{CHECKPOINT_BYTES >> 20} MiB unless the server's max_checkpoint_bytes says otherwise"
+        )
     aggregator = DP_TYPES[dp.type].aggregator(replace(dp, bands=bands))
     return compose(choices, model, aggregator, metrics, metric_noise(dp))
 

@@ -15,6 +15,8 @@ _DEFAULT_INITIAL_CLIP_NORM = 0.1
 _ZEROING_FACTOR = 100
 # More bands gain little, and each is one more copy of the model in the server's state, in 64 bits.
 _MAX_BANDS = 64
+# A server's default limit of a checkpoint, uncompressed.
+CHECKPOINT_BYTES = 512 << 20
 _MAX_BANDS_BYTES = 128 << 20
 
 
@@ -86,6 +88,14 @@ def evaluation_releases(dp: DpParameters, report_goal: int) -> list[TaskReleases
 def bands_of(minimum_separation: int, rounds: int) -> int:
     """The bands of a factorization: as many as rounds lie between two participations, within reason."""
     return max(1, min(minimum_separation, rounds, _MAX_BANDS))
+
+
+def tree_bytes(rounds: int, parameters: int) -> int:
+    """What a server checkpoint holds at most, uncompressed, for a tree over so many rounds of such a model.
+
+    Per level a node of 64 bits and the reference's leaf of 32, and as much for what was added so far.
+    """
+    return 12 * (rounds.bit_length() + 1) * parameters
 
 
 def bands_in_memory(bands: int, parameters: int) -> int:

@@ -2,7 +2,9 @@
 
 Entries of the first schema keep what they say and are chained in their order: by time, task and round. How their
 devices were assumed to come was not stored then: they have no claim, count as NO_AMPLIFICATION, and their cumulative
-epsilon stays empty, because accounting does not belong into an upgrade. Numbers, text and hashes are made here once
+epsilon stays empty, because accounting does not belong into an upgrade. Completed rounds that the first schema had no
+entry for get one: models without noise as such, and metrics, both with the report goal as their number of
+contributions, which was not stored. Numbers, text and hashes are made here once
 more, so that a later change of the code cannot change what this upgrade writes.
 """
 
@@ -20,6 +22,9 @@ branch_labels = None
 depends_on = None
 
 _DELTA = 1e-6
+_TASK = ("population_name", "task_id")
+_COMPLETED, _TRAINING = 50, 1
+_NO_NOISE = {"class": "GaussianDpEvent", "noise_multiplier": 0.0}
 _SINGLE = {"GaussianDpEvent": "FIXED_GAUSSIAN", "TreeAggregationStep": "TREE_AGGREGATION"}
 _COMPOSED = {"GaussianDpEvent": "ADAPTIVE_GAUSSIAN", "TreeAggregationStep": "ADAPTIVE_TREE"}
 
@@ -35,7 +40,8 @@ def upgrade() -> None:
         sa.Column("created_time", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("population_name", name=op.f("pk_privacy_budget")),
     )
-    rows = _old_entries()
+    rows = [*_old_entries(), *_unentered_releases()]
+    rows.sort(key=lambda row: [row[name] for name in ("population_name", "created_time", "task_id", "iteration_id")])
     op.drop_table("privacy_ledger")
     ledger = op.create_table(
         "privacy_ledger",
@@ -83,8 +89,32 @@ def _old_entries() -> list[dict[str, Any]]:
         sa.column("contributions", sa.BigInteger()),
         sa.column("created_time", sa.DateTime(timezone=True)),
     )
-    order = [old.c[name] for name in ("population_name", "created_time", "task_id", "iteration_id")]
-    return [dict(row) for row in op.get_bind().execute(sa.select(old).order_by(*order)).mappings()]
+    return [dict(row) for row in op.get_bind().execute(sa.select(old)).mappings()]
+
+
+def _unentered_releases() -> list[dict[str, Any]]:
+    task = sa.table("task", *(sa.column(name) for name in (*_TASK, "kind")))
+    iteration = sa.table(
+        "iteration",
+        *(sa.column(name) for name in (*_TASK, "iteration_id", "status", "report_goal")),
+        sa.column("status_time", sa.DateTime(timezone=True)),
+    )
+    ledger = sa.table("privacy_ledger", *(sa.column(name) for name in (*_TASK, "iteration_id")))
+    of_task = sa.and_(*(task.c[name] == iteration.c[name] for name in _TASK))
+    of_round = sa.and_(*(ledger.c[name] == iteration.c[name] for name in (*_TASK, "iteration_id")))
+    query = (
+        sa.select(iteration, task.c.kind, ledger.c.task_id.label("entered"))
+        .select_from(iteration.join(task, of_task).outerjoin(ledger, of_round))
+        .where(iteration.c.status == _COMPLETED)
+    )
+    found = []
+    for row in op.get_bind().execute(query).mappings():
+        release = {name: row[name] for name in (*_TASK, "iteration_id", "report_goal")}
+        release |= {"contributions": row["report_goal"], "created_time": row["status_time"], "clip_norm": None}
+        if row["kind"] == _TRAINING and row["entered"] is None:
+            found.append({**release, "event": _NO_NOISE, "mechanism": "NONE"})
+        found.append({**release, "event": None, "released": "metrics", "mechanism": "NONE"})
+    return found
 
 
 def _chained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,8 +127,8 @@ def _chained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         fields = {
             "task_id": row["task_id"],
             "iteration_id": row["iteration_id"],
-            "released": "model",
-            "mechanism": _mechanism(row["event"]),
+            "released": row.get("released", "model"),
+            "mechanism": row.get("mechanism") or _mechanism(row["event"]),
             "event": row["event"],
             "claim": None,
             "clip_norm": row["clip_norm"],
