@@ -109,7 +109,10 @@ def weaker(one: Assumption, other: Assumption) -> Assumption:
 
 
 def releases(spent: Spent) -> list[TaskReleases]:
-    """The charges as accountants take them, one entry per task; takes no more memory than `spent`."""
+    """The charges as accountants take them, one entry per task; takes no more memory than `spent`.
+
+    Formal guarantees: none of its own; every charged round of every task is in the result, once and in order.
+    """
     return [TaskReleases(ChargedRounds(charges.runs), charges.assumption) for charges in spent.values()]
 
 

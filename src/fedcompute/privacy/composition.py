@@ -111,7 +111,10 @@ def unamplified_epsilon(tasks: Sequence[TaskReleases], delta: float) -> float:
 
 
 def assuming(task: TaskReleases, participation: Participation, minimum_separation: int = 0) -> TaskReleases:
-    """The same releases under another assumption."""
+    """The same releases under another assumption.
+
+    Formal guarantees: none of its own; what is computed from the result holds if the given assumption does.
+    """
     changed = replace(task.assumption, participation=participation, minimum_separation=minimum_separation)
     return replace(task, assumption=changed)
 
@@ -211,12 +214,18 @@ def parts_epsilon(parts: Parts, delta: float) -> float:
 
 
 def inverse_square(noise_multiplier: float) -> float:
-    """Squared sensitivity over noise of one Gaussian release."""
+    """Squared sensitivity over noise of one Gaussian release.
+
+    Formal guarantees: these squares add up under composition (see `ledger.composed_noise_multiplier`).
+    """
     return math.inf if noise_multiplier < 1e-150 else noise_multiplier**-2
 
 
 def multiplier(square: float) -> float:
-    """The multiplier of the Gaussian release with this squared sensitivity over noise."""
+    """The multiplier of the Gaussian release with this squared sensitivity over noise.
+
+    Formal guarantees: as private as the releases whose squares were added.
+    """
     return math.inf if square == 0 else square**-0.5
 
 

@@ -21,7 +21,10 @@ class Lattice:
 
 
 def lattice_for(clip_norm: float) -> Lattice:
-    """The lattice of a clip norm: 2**30 to 2**31 steps per clip norm."""
+    """The lattice of a clip norm: 2**30 to 2**31 steps per clip norm.
+
+    Formal guarantees: depends on the clip norm alone, which is public; no contribution has a part in it.
+    """
     return Lattice(step=2.0 ** (math.floor(math.log2(clip_norm)) - _BITS))
 
 

@@ -47,13 +47,19 @@ Event = GaussianEvent | TreeEvent | BandedEvent
 
 
 def events_document(events: Sequence[Event]) -> dict[str, Any]:
-    """The stored form of a release, with the class names of dp-accounting's events where it has them."""
+    """The stored form of a release, with the class names of dp-accounting's events where it has them.
+
+    Formal guarantees: none of its own; `read_events` gives the same events back, noise multipliers to the last bit.
+    """
     parts = [_document(event) for event in events]
     return parts[0] if len(parts) == 1 else {"class": "ComposedDpEvent", "events": parts}
 
 
 def read_events(document: Mapping[str, Any]) -> list[Event]:
-    """Reads `events_document`. Raises ArtifactInvalid (STATE_MISMATCH) for another form, and beyond all limits."""
+    """Reads `events_document`. Raises ArtifactInvalid (STATE_MISMATCH) for another form, and beyond all limits.
+
+    Formal guarantees: none of its own; nothing that is read is left out or taken for a smaller charge.
+    """
     try:
         if document["class"] != "ComposedDpEvent":
             return [_event(document)]

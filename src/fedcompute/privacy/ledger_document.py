@@ -77,6 +77,8 @@ def read_ledger(data: bytes, *, limit: int = BYTES_LIMIT) -> Ledger:
 
     Entries are read one by one, so that a file of another form is refused before it takes more memory than its text.
     Raises ArtifactInvalid (LEDGER_MALFORMED | BUDGET_INVALID) for anything else.
+
+    Formal guarantees: none; a ledger counts for what `chain.verify_chain` and `chain.verify_epsilons` say of it.
     """
     if len(data) > limit:
         raise _malformed(f"it has more than {limit} bytes")

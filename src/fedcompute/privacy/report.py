@@ -138,7 +138,10 @@ def epsilon_series(task: TaskReleases, delta: float, points: int = _POINTS) -> t
 
 
 def privacy_sentences(report: PrivacyReport) -> list[str]:
-    """The report in plain words, for the end of a quickstart or a reviewer's first look."""
+    """The report in plain words, for the end of a quickstart or a reviewer's first look.
+
+    Formal guarantees: none of its own; each epsilon stands beside the assumption that it needs.
+    """
     outside = _outside(report)
     if report.rounds == 0:
         return ["Nothing was released under differential privacy.", *outside]

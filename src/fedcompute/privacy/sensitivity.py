@@ -95,5 +95,8 @@ def squared_banded_sensitivity(participations: int, separation: int, bands: int)
 
 
 def positions_of(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """The round numbers of `spans`, each a first round and a number of rounds."""
+    """The round numbers of `spans`, each a first round and a number of rounds.
+
+    Formal guarantees: none of its own.
+    """
     return np.concatenate([np.arange(first, first + rounds, dtype=np.int64) for first, rounds in spans])
