@@ -125,7 +125,7 @@ def test_however_it_is_stopped_no_process_stays_and_a_server_resumes_its_directo
     assert len(children) >= 3
     os.kill(process.pid, end)
     output, errors = process.communicate(timeout=60)
-    wait_until(lambda: not any(alive(child) for child in children), 20)
+    wait_until(lambda: not any(alive(child) for child in children), 60)
     if end == signal.SIGINT:
         assert process.returncode == 130, errors
         assert "Go on with" in output
@@ -140,11 +140,11 @@ def test_however_it_is_stopped_no_process_stays_and_a_server_resumes_its_directo
         url = json.loads(server.stdout.readline())["url"]
         api = OperatorApi(url)
         # The metrics file comes before the round is released; a round cut off in between is released now.
-        wait_until(lambda: api.task("quickstart", 1)["iterations"][0]["status"] == "COMPLETED", 30)
+        wait_until(lambda: api.task("quickstart", 1)["iterations"][0]["status"] == "COMPLETED", 90)
         assert api.task("quickstart", 1)["task"]["status"] == "OPEN"
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(("end", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
@@ -155,11 +155,11 @@ def test_stopped_while_it_builds_it_says_so_without_a_traceback_and_leaves_no_pr
     # Ctrl-C on a terminal goes to the whole group, also to workers that have only just begun.
     children = descendants(process.pid)
     send(process.pid, end)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Stopped." in output
     assert errors == ""
-    wait_until(lambda: not any(alive(child) for child in children), 20)
+    wait_until(lambda: not any(alive(child) for child in children), 60)
 
 
 def test_runs_that_start_in_the_same_second_have_directories_of_their_own(tmp_path, monkeypatch):
