@@ -4,7 +4,7 @@ import pytest
 
 from fedcompute.builder import differential_privacy
 from fedcompute.builder.calibrations import calibrated
-from fedcompute.builder.differential_privacy import dp_parameters
+from fedcompute.builder.differential_privacy import account
 from fedcompute.builder.number_cache import cache_directory
 from fedcompute.builder.validation import validate
 from fedcompute.protos import task_builder_pb2
@@ -82,7 +82,7 @@ def test_a_real_calibration_is_found_again_without_a_search(directory, monkeypat
     config.differential_privacy.estimated_population = 100
     config.policies.model_release_policy.dp_delta = 0
     settings = validate(config, task_builder_pb2.ExperimentFlags())
-    first = dp_parameters(settings)
+    first = account(settings).result()
     # Replaced, so that a search would be seen.
     monkeypatch.setattr(differential_privacy, "calibrated_noise", None)
-    assert dp_parameters(settings) == first
+    assert account(settings).result() == first

@@ -9,7 +9,6 @@ from fedcompute.builder.differential_privacy import (
     account,
     check_dp,
     dp_notes,
-    dp_parameters,
     metric_noise,
     privacy_claim,
 )
@@ -29,6 +28,11 @@ from fedcompute.protos import learning_pb2, task_builder_pb2
 NO_FLAGS = task_builder_pb2.ExperimentFlags()
 Dp = task_builder_pb2.DpAggregator
 Participation = task_builder_pb2.Participation
+
+
+def dp_parameters(settings):
+    """With the exact epsilon, however long it takes."""
+    return account(settings).result()
 
 
 @pytest.fixture

@@ -42,3 +42,24 @@ def _serving(directory, executor=None):
 def serving():
     """`with serving(directory) as settings:` runs a server over that data directory."""
     return _serving
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    """A linear classifier of four features into three classes, saved; always with the same weights."""
+    import tensorflow as tf
+
+    from fedcompute.models.functional_model import functional_model_from_keras
+    from fedcompute.models.saved_model import save_functional_model
+
+    tf.keras.utils.set_random_seed(5)
+    model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
+
+    def loss(label, output):
+        picked = tf.one_hot(tf.reshape(label, [-1]), 3)
+        return -tf.reduce_mean(tf.reduce_sum(picked * tf.nn.log_softmax(output), axis=-1))
+
+    spec = (tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None, 1], tf.int64))
+    directory = tmp_path_factory.mktemp("model") / "saved_model"
+    save_functional_model(functional_model_from_keras(keras_model=model, loss_fn=loss, input_spec=spec), directory)
+    return directory

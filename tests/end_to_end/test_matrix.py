@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from fedcompute.builder.build import build_task_group
 from fedcompute.builder.config import read_config
@@ -20,8 +19,6 @@ from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
 from fedcompute.device.worker import training_example
 from fedcompute.fleet.devices import ShardWorker
-from fedcompute.models.functional_model import functional_model_from_keras
-from fedcompute.models.saved_model import save_functional_model
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.privacy.noise import SilentNoise
 from fedcompute.protos import plan_pb2, task_builder_pb2
@@ -97,21 +94,6 @@ def shards():
         x = (generator.normal(size=(count, 4)) * scale).astype(np.float32)
         made.append((x, generator.integers(0, 3, count)))
     return made
-
-
-@pytest.fixture(scope="module")
-def saved_model(tmp_path_factory):
-    tf.keras.utils.set_random_seed(5)
-    model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
-
-    def loss(label, output):
-        picked = tf.one_hot(tf.reshape(label, [-1]), 3)
-        return -tf.reduce_mean(tf.reduce_sum(picked * tf.nn.log_softmax(output), axis=-1))
-
-    spec = (tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None, 1], tf.int64))
-    directory = tmp_path_factory.mktemp("model") / "saved_model"
-    save_functional_model(functional_model_from_keras(keras_model=model, loss_fn=loss, input_spec=spec), directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

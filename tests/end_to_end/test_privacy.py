@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from typer.testing import CliRunner
 
 from fedcompute.builder.build import build_task_group
@@ -19,8 +18,6 @@ from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
 from fedcompute.device.worker import training_example
 from fedcompute.fleet.devices import ShardWorker
-from fedcompute.models.functional_model import functional_model_from_keras
-from fedcompute.models.saved_model import save_functional_model
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.privacy.accounting import gaussian_epsilon
 from fedcompute.protos import plan_pb2, task_builder_pb2
@@ -54,18 +51,8 @@ def closed_form(participations):
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory):
-    tf.keras.utils.set_random_seed(5)
-    model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
-
-    def loss(label, output):
-        picked = tf.one_hot(tf.reshape(label, [-1]), 3)
-        return -tf.reduce_mean(tf.reduce_sum(picked * tf.nn.log_softmax(output), axis=-1))
-
-    spec = (tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None, 1], tf.int64))
-    directory = tmp_path_factory.mktemp("model") / "saved_model"
-    save_functional_model(functional_model_from_keras(keras_model=model, loss_fn=loss, input_spec=spec), directory)
-    return build_task_group(directory, read_config(CONFIG.encode()).config, task_builder_pb2.ExperimentFlags())
+def group(saved_model):
+    return build_task_group(saved_model, read_config(CONFIG.encode()).config, task_builder_pb2.ExperimentFlags())
 
 
 def take_part_until(settings, done):

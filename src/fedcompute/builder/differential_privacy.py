@@ -143,11 +143,6 @@ def account(settings: BuildSettings) -> Accounting:
     return Accounting(dp, bounds, target, exact)
 
 
-def dp_parameters(settings: BuildSettings) -> DpParameters:
-    """`account` with the exact epsilon, however long it takes."""
-    return account(settings).result()
-
-
 def check_dp(accounting: Accounting) -> None:
     """Refuses a given noise multiplier whose epsilon exceeds the target; raises ConfigProblems.
 
