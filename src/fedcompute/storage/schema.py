@@ -239,6 +239,8 @@ iteration = Table(
     Column("max_aggregation_size", BigInteger, nullable=False),
     Column("min_client_version", Name(32), nullable=False),
     Column("max_client_version", Name(32), nullable=False),
+    Column("reason", Name(64)),
+    Column("cleaned_time", UtcDateTime),
     _child_of("task", TASK_COLUMNS),
     Index("ix_iteration_status", "status"),
     Index("ix_iteration_population_name_status", "population_name", "status"),
@@ -262,11 +264,14 @@ assignment = Table(
     Column("correlation_id", Name(), nullable=False),
     Column("batch_id", Name(64)),
     Column("rejection", Name(64)),
+    Column("token_hash", Name(64)),
+    Column("participant", Name(64)),
     _child_of("iteration", ITERATION_COLUMNS),
     # The wire names a session without its attempt, so a session is found by its id alone.
     Index("uq_assignment_session_id", "session_id", unique=True),
     Index("ix_assignment_iteration_status", *ITERATION_COLUMNS, "status", "batch_id"),
     Index("ix_assignment_status_status_time", "status", "status_time"),
+    Index("ix_assignment_participant", "participant", *TASK_COLUMNS),
 )
 
 assignment_status_history = Table(
@@ -365,6 +370,7 @@ encryption_key = Table(
     Column("id", Name(64), primary_key=True),
     Column("public_key", LargeBinary, nullable=False),
     Column("private_key", LargeBinary, nullable=False),
+    Column("sealed_with", Name(64)),
     Column("created", UtcDateTime, nullable=False),
     Column("expires", UtcDateTime, nullable=False),
     Column("published_until", UtcDateTime, nullable=False),
@@ -375,7 +381,59 @@ server_secret = Table(
     metadata,
     Column("name", Name(64), primary_key=True),
     Column("value", LargeBinary, nullable=False),
+    Column("sealed_with", Name(64)),
     Column("created", UtcDateTime, nullable=False),
+)
+
+# Tokens are bearer secrets that devices choose: stored as SHA-256, bound to their owner's digest.
+authorization_token = Table(
+    "authorization_token",
+    metadata,
+    Column("token_hash", Name(64), primary_key=True),
+    Column("owner_hash", Name(64), nullable=False),
+    Column("participant", Name(64)),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires", UtcDateTime, nullable=False),
+    Index("ix_authorization_token_expires", "expires"),
+)
+
+enrolment = Table(
+    "enrolment",
+    metadata,
+    Column("id", Name(64), primary_key=True),
+    Column("label", Name(64), nullable=False),
+    Column("secret", LargeBinary, nullable=False),
+    Column("sealed_with", Name(64)),
+    Column("created", UtcDateTime, nullable=False),
+    Column("revoked", UtcDateTime),
+)
+
+api_key = Table(
+    "api_key",
+    metadata,
+    Column("id", Name(64), primary_key=True),
+    Column("label", Name(64), nullable=False),
+    Column("key_hash", Name(64), nullable=False),
+    Column("role", Name(16), nullable=False),
+    Column("created", UtcDateTime, nullable=False),
+    Column("expires", UtcDateTime),
+    Column("revoked", UtcDateTime),
+    Index("uq_api_key_key_hash", "key_hash", unique=True),
+)
+
+# No foreign key: what was done stays on record when what it was done to goes.
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("id", Name(64), primary_key=True),
+    Column("created_time", UtcDateTime, nullable=False),
+    Column("actor", Name(64), nullable=False),
+    Column("role", Name(16), nullable=False),
+    Column("action", Name(64), nullable=False),
+    Column("subject", Name(256), nullable=False),
+    Column("status", BigInteger, nullable=False),
+    Column("request_id", Name(64), nullable=False),
+    Index("ix_audit_log_created_time", "created_time"),
 )
 
 lease = Table(

@@ -23,6 +23,7 @@ class EncryptionKeyRow:
     created: datetime
     expires: datetime
     published_until: datetime
+    sealed_with: str | None = None  # the operator secret that the private key is sealed under
 
 
 def insert_key(tx: Transaction, key: EncryptionKeyRow) -> bool:
