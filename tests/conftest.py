@@ -1,7 +1,8 @@
-"""What several rooms' tests share: a cache of their own, and a private PostgreSQL."""
+"""What several rooms' tests share: a cache of their own, a private PostgreSQL, a private S3 server."""
 
 import contextlib
 import itertools
+import logging
 import os
 import pwd
 import re
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,21 @@ class PostgreSQL:
             self._process.kill()
             self._process.wait()
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The server and all who work for it stand still for a while, as on a machine that hangs."""
+        # First it, so that it starts nobody more.
+        self._process.send_signal(signal.SIGSTOP)
+        members = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _parent_of(one) == self._process.pid]
+        for pid in members:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in [*members, self._process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def url(self, name: str, user: str = owner) -> str:
         return f"postgresql+psycopg://{user}@/{name}?host={self._directory}"
 
@@ -132,6 +150,13 @@ class PostgreSQL:
         ) as connection:
             cursor = connection.execute(statement)
             return cursor.fetchall() if cursor.description else []
+
+
+def _parent_of(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _unprivileged() -> pwd.struct_passwd:
@@ -238,3 +263,77 @@ def write_ledger():
         return Ledger(population, tuple(entries), budget, described)
 
     return write
+
+
+class ObjectStore:
+    """An S3 server on loopback, in threads of the test process, that keeps its objects in memory."""
+
+    region, key, secret = "us-east-1", "test-key", "test-secret-of-nobody"
+
+    def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
+        self._answer = DomainDispatcherApplication(create_backend_app)
+        self.ignores_conditions = False  # as S3 servers of other makers may
+        self.outages = 0  # requests that get a 503
+        self._server = make_server("127.0.0.1", 0, self._app, threaded=True)
+        # Devices refuse http://127.0.0.1.
+        self.url = f"http://localhost:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._numbers = itertools.count(1)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(20)
+
+    def bucket(self) -> str:
+        """Makes an empty bucket; returns its name."""
+        import httpx
+
+        name = f"bucket-{next(self._numbers)}"
+        assert httpx.put(f"{self.url}/{name}").status_code == 200
+        return name
+
+    def environment(self) -> dict[str, str]:
+        """What tells a program, by variables, where the store is and who asks."""
+        return {
+            "AWS_ENDPOINT": self.url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": self.region,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+        }
+
+    def _app(self, environ, start_response):
+        if self.outages > 0:
+            self.outages -= 1
+            start_response("503 Slow Down", [("content-length", "0")])
+            return [b""]
+        if self.ignores_conditions:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
+        return self._answer(environ, start_response)
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """One S3 server for every test of this process that asks."""
+    pytest.importorskip("moto", reason="moto, the S3 server of the tests, is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    server = ObjectStore()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server, with the variables set that lead to it."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    yield s3_server
+    s3_server.ignores_conditions, s3_server.outages = False, 0

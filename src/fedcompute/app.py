@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import secrets
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,25 +14,34 @@ from starlette.middleware import Middleware
 
 from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
-from fedcompute.server.api import assignments, blobs, health, keys, operator, privacy, reports, tasks
+from fedcompute.server.api import assignments, blobs, health, keys, operations, reports
+from fedcompute.server.api.admission import Admission
+from fedcompute.server.api.guard import Guard
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, ProcessExecutor
+from fedcompute.server.retention import Retention, RetentionThread
+from fedcompute.server.rounds.check_ins import CheckIns
 from fedcompute.server.rounds.engine import Engine
 from fedcompute.server.rounds.jobs import Jobs
+from fedcompute.server.rounds.leases import Leases
 from fedcompute.server.rounds.passes import Passes
-from fedcompute.server.security.keys import current_keys
+from fedcompute.server.security.authentication import open_authentication
+from fedcompute.server.security.keys import publication
+from fedcompute.server.security.operator_secret import open_sealer
+from fedcompute.server.security.public_keys import PublicKeyList
+from fedcompute.server.security.rates import rates_of
 from fedcompute.server.settings import Settings
+from fedcompute.server.tls import Certificate
+from fedcompute.server.web_server import WebServer
 from fedcompute.storage.blobs import open_blob_store
 from fedcompute.storage.claim import Claim
 from fedcompute.storage.database import Database, sqlite_file
-from fedcompute.storage.secrets import ensure_secret
+from fedcompute.storage.paths import MODEL
+from fedcompute.storage.secrets import check_sealed, ensure_secret, seal_plain
 
-# A device's certificate chain in a header takes 4-8 KiB (spec/device.md 1.2).
-HEADER_BYTES_LIMIT = 64 * 1024
-# How long requests under way may take after a signal to stop.
-GRACE_SECONDS = 10
+_LOG = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, executor: Executor | None = None) -> Starlette:
@@ -58,33 +66,46 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
             except FedComputeError as error:
                 app.state.start_error = error
                 raise
+            app.state.readiness = health.readiness_of(context)
             passes = Passes(context)
-            engine.start()
-            try:
-                yield
-            finally:
-                await engine.stop()
+            with contextlib.closing(CheckIns(context)) as app.state.check_ins:
+                async with _rounds(context, engine) if settings.runs_engine else contextlib.nullcontext():
+                    yield
         finally:
             workers.close()
             database.close()
             if claim is not None:
                 claim.close()
 
-    return Starlette(
-        routes=[
-            *assignments.routes,
-            *reports.routes,
-            *blobs.routes,
-            *keys.routes,
-            *tasks.routes,
-            *operator.routes,
-            *privacy.routes,
-            *health.routes,
-        ],
-        middleware=[Middleware(RequestLog)],
+    api = [
+        *assignments.routes,
+        *reports.routes,
+        *blobs.routes,
+        *keys.routes,
+        *operations.routes,
+    ]
+    app = Starlette(
+        routes=[*(api if settings.runs_api else ()), *health.routes],
+        middleware=[Middleware(RequestLog), Middleware(Admission, settings), Middleware(Guard)],
         exception_handlers={FedComputeError: render_typed_error, HTTPException: render_http_error},
         lifespan=lifespan,
     )
+    # A device must never meet a redirect (spec/device.md 1.10), and this one would be made from the Host header.
+    app.router.redirect_slashes = False
+    return app
+
+
+@asynccontextmanager
+async def _rounds(context: Context, engine: Engine) -> AsyncIterator[None]:
+    engine.start()
+    retention = RetentionThread(Retention(context.database, context.blobs, context.settings))
+    retention.start()
+    try:
+        yield
+    finally:
+        await run_in_threadpool(retention.stop)
+        await engine.stop()
+        await run_in_threadpool(_hand_over, context)
 
 
 def serve(settings: Settings) -> None:
@@ -93,22 +114,20 @@ def serve(settings: Settings) -> None:
     Raises OperationFailed if a store cannot be opened or the port cannot be had.
     """
     running = server(settings)
-    # The server raises the signal again once it has stopped; to end by it would skip the caller's own clean-up.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            running.run()
+        running.run()
     except SystemExit:
         app = running.config.app
         error = getattr(app.state, "start_error", None) if isinstance(app, Starlette) else None
         detail = f"the server could not start on {settings.host}:{settings.port}; the log says why"
         raise error or OperationFailed(Reason.SETTINGS_INVALID, detail) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
-def server(settings: Settings, executor: Executor | None = None) -> uvicorn.Server:
-    """The HTTP server of an application, not started; `should_exit` of the result stops it."""
+def server(settings: Settings, executor: Executor | None = None) -> WebServer:
+    """The HTTP server of an application, not started; `should_exit` of the result stops it.
+
+    Raises OperationFailed(TLS_INVALID) if the files of its certificate cannot be used.
+    """
     # It writes query strings, which hold signatures; our own access log does not.
     logging.getLogger("uvicorn.access").disabled = True
     config = uvicorn.Config(
@@ -117,14 +136,16 @@ def server(settings: Settings, executor: Executor | None = None) -> uvicorn.Serv
         port=settings.port,
         http=BoundedConnection,
         ws="none",
-        h11_max_incomplete_event_size=HEADER_BYTES_LIMIT,
         lifespan="on",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
+        # The library's type is narrower than what it does with it.
+        timeout_graceful_shutdown=settings.stop_grace,  # type: ignore[arg-type]
     )
-    return uvicorn.Server(config)
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return WebServer(config)
+    return WebServer(config, Certificate(settings.tls_certificate, settings.tls_key))
 
 
 def _open_database(settings: Settings) -> tuple[Claim | None, Database]:
@@ -143,21 +164,51 @@ def _open_database(settings: Settings) -> tuple[Claim | None, Database]:
         raise
 
 
+def _hand_over(context: Context) -> None:
+    try:
+        context.jobs.hand_over()
+    except FedComputeError as error:
+        # The leases expire; a database that is gone must not keep a server from stopping.
+        _LOG.warning("jobs could not be handed over: %s", error)
+
+
 def _context(settings: Settings, database: Database, executor: Executor, engine: Engine) -> Context:
     store = open_blob_store(settings.blobs)
+    store.check_writes_once()
+    if settings.blob_urls == "store":
+        # So that a store that cannot is found out now, not by the first device.
+        store.signed_url("GET", MODEL, "start", settings.signed_url_life)
+    sealer = open_sealer(settings, database)
     with database.write() as tx:
-        url_key = ensure_secret(tx, "url_signing", secrets.token_bytes(32), now())
-        noise_key = ensure_secret(tx, "noise_state", secrets.token_bytes(KEY_BYTES), now())
-    current_keys(database, settings, now())
+        sealed = seal_plain(tx, sealer)
+        url_key = ensure_secret(tx, sealer, "url_signing", secrets.token_bytes(32), now())
+        challenge_key = ensure_secret(tx, sealer, "device_challenges", secrets.token_bytes(32), now())
+        noise_key = ensure_secret(tx, sealer, "noise_state", secrets.token_bytes(KEY_BYTES), now())
+        check_sealed(tx, sealer)
+    if sealed:
+        database.scrub()
+        _LOG.warning(
+            "%d secrets were stored in plain and are sealed now; copies of the database made before are not", sealed
+        )
+    elsewhere = settings.key_service_public_url
+    if elsewhere is None:
+        publication(database, sealer, settings, now())
+    # One server has a SQLite file to itself (`Claim`).
+    alone = sqlite_file(settings.database) is not None
+    leases = None if alone else Leases(database, settings.lease_lifetime)
     return Context(
         settings=settings,
         database=database,
         blobs=store,
-        jobs=Jobs(executor, settings.job_attempts, engine.wake),
+        jobs=Jobs(executor, settings.job_attempts, engine.wake, leases),
         plans=Plans(store, settings.max_checkpoint_bytes),
+        sealer=sealer,
+        key_list=None if elsewhere is None else PublicKeyList(elsewhere),
         url_key=url_key,
         noise_key=noise_key,
+        authentication=open_authentication(settings, database, sealer, challenge_key),
         wake=engine.wake,
-        is_alive=lambda: engine.alive,
-        warm_up=executor.warm_up,
+        is_alive=lambda: engine.alive or not settings.runs_engine,
+        rates=rates_of(settings),
+        warm_up=executor.warm_up if settings.runs_engine else lambda: None,
     )

@@ -15,11 +15,26 @@ class Reason(StrEnum):
     MALFORMED_REQUEST = "malformed_request"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     REQUEST_TOO_LARGE = "request_too_large"
+    HEADERS_TOO_LARGE = "headers_too_large"
     REQUEST_TOO_SLOW = "request_too_slow"
     BAD_SIGNATURE = "bad_signature"
     URL_EXPIRED = "url_expired"
     NOT_FOUND = "not_found"
+    API_KEY_MISSING = "api_key_missing"
+    API_KEY_INVALID = "api_key_invalid"
+    ROLE_INSUFFICIENT = "role_insufficient"
+    FOREIGN_ORIGIN = "foreign_origin"
     ASSIGNMENT_NOT_ACTIVE = "assignment_not_active"
+    ATTESTATION_MALFORMED = "attestation_malformed"
+    ATTESTATION_UNTRUSTED = "attestation_untrusted"
+    ATTESTATION_REVOKED = "attestation_revoked"
+    ATTESTATION_STALE = "attestation_stale"
+    ATTESTATION_DEVICE = "attestation_device"
+    ATTESTATION_PACKAGE = "attestation_package"
+    ATTESTATION_UNAVAILABLE = "attestation_unavailable"
+    ENROLMENT_REFUSED = "enrolment_refused"
+    PROOF_NOT_TAKEN = "proof_not_taken"
+    TOKEN_TAKEN = "token_taken"
     TASK_CONFLICT = "task_conflict"
     TASK_INVALID = "task_invalid"
     TASK_ENDED = "task_ended"
@@ -44,6 +59,7 @@ class Reason(StrEnum):
     PARTIAL_SUM_MALFORMED = "partial_sum_malformed"
     PARTIAL_SUM_MISMATCH = "partial_sum_mismatch"
     STATE_MISMATCH = "state_mismatch"
+    GRAPH_FAILED = "graph_failed"
     SAVED_MODEL_INVALID = "saved_model_invalid"
     MODEL_UNSUPPORTED = "model_unsupported"
     KEY_MALFORMED = "key_malformed"
@@ -69,12 +85,20 @@ class Reason(StrEnum):
     NO_ENCRYPTION_KEY = "no_encryption_key"
     # Operation
     STORAGE_FAILED = "storage_failed"
+    KEY_SERVICE_FAILED = "key_service_failed"
+    KEYS_HELD_ELSEWHERE = "keys_held_elsewhere"
+    BLOB_STORE_UNSUITABLE = "blob_store_unsuitable"
     DATA_IN_USE = "data_in_use"
     SERVER_STOPPING = "server_stopping"
+    SERVER_BUSY = "server_busy"
     BLOB_TOO_LARGE = "blob_too_large"
     SETTINGS_INVALID = "settings_invalid"
+    TLS_INVALID = "tls_invalid"
     BUDGET_SPENT = "budget_spent"
     BUDGET_INVALID = "budget_invalid"
+    ROUND_EXPIRED = "round_expired"
+    STOP_TIME_PASSED = "stop_time_passed"
+    ARTIFACTS_MISSING = "artifacts_missing"
     INTERNAL = "internal"
 
 
@@ -92,10 +116,25 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.MALFORMED_REQUEST: Entry(400, "send the message that the route documents, as binary protobuf"),
     Reason.UNSUPPORTED_MEDIA_TYPE: Entry(415, "set content-type: application/x-protobuf"),
     Reason.REQUEST_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
+    Reason.HEADERS_TOO_LARGE: Entry(431, "send fewer and shorter headers; 64 KiB in all are taken"),
     Reason.REQUEST_TOO_SLOW: Entry(408, "send again over a better connection"),
     Reason.BAD_SIGNATURE: Entry(403, "use the signed URL exactly as it was handed out, headers included"),
     Reason.URL_EXPIRED: Entry(403, "ask the server for a fresh URL"),
     Reason.NOT_FOUND: Entry(404, "check the names and ids in the URL"),
+    Reason.API_KEY_MISSING: Entry(401, "send Authorization: Bearer with a key made by `fedcompute api-key create`"),
+    Reason.API_KEY_INVALID: Entry(401, "use a live key of this server; `fedcompute api-key list` shows them"),
+    Reason.ROLE_INSUFFICIENT: Entry(403, "use a key with the role that the message names"),
+    Reason.FOREIGN_ORIGIN: Entry(403, "send the request from a program, or with an API key"),
+    Reason.ATTESTATION_MALFORMED: Entry(403, "send the certificate chain of an attested key, leaf first"),
+    Reason.ATTESTATION_UNTRUSTED: Entry(403, "add the root of this kind of device to attestation_roots, if you trust it"),
+    Reason.ATTESTATION_REVOKED: Entry(403, "nothing; the maker of the device withdrew its keys"),
+    Reason.ATTESTATION_STALE: Entry(403, "the device answers a fresh challenge"),
+    Reason.ATTESTATION_DEVICE: Entry(403, "use a device with a locked boot loader, or allow_rooted_devices for tests"),
+    Reason.ATTESTATION_PACKAGE: Entry(403, "add package and signature to attestation_packages, if you trust them"),
+    Reason.ATTESTATION_UNAVAILABLE: Entry(503, "check the attestation service, its URL and its key"),
+    Reason.ENROLMENT_REFUSED: Entry(403, "enrol the device again with `fedcompute enrolment create`"),
+    Reason.PROOF_NOT_TAKEN: Entry(403, "set authentication to both, if these devices are to be taken too"),
+    Reason.TOKEN_TAKEN: Entry(403, "the device chooses a fresh random token for every proof"),
     Reason.ASSIGNMENT_NOT_ACTIVE: Entry(404, "check in again; this assignment is over"),
     Reason.TASK_CONFLICT: Entry(409, "finish or cancel the active task of this kind first"),
     Reason.TASK_ENDED: Entry(409, "look at `fedcompute task show`, correct the cause, and build the task again"),
@@ -121,6 +160,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     ),
     Reason.PARTIAL_SUM_MISMATCH: Entry(500, "check the storage; the uploads that the sum held are lost or damaged too"),
     Reason.STATE_MISMATCH: Entry(400, "upload the initial checkpoint that was built with this plan"),
+    Reason.GRAPH_FAILED: Entry(500, "read the cause in the message; build the plan again if it names one of its parts"),
     Reason.SAVED_MODEL_INVALID: Entry(400, "save the model with save_functional_model"),
     Reason.MODEL_UNSUPPORTED: Entry(400, "change the model as the message says"),
     Reason.KEY_MALFORMED: Entry(400, "publish 32-byte X25519 keys in standard base64"),
@@ -145,12 +185,25 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
+    Reason.KEY_SERVICE_FAILED: Entry(
+        503, "check the key coordinators, the identity tokens and the key management service; what needs them waits"
+    ),
+    Reason.BLOB_STORE_UNSUITABLE: Entry(
+        500, "use a store with conditional writes (If-None-Match), such as S3, GCS, Azure, MinIO or a directory"
+    ),
+    Reason.KEYS_HELD_ELSEWHERE: Entry(409, "rotate the keys at the external key service"),
     Reason.DATA_IN_USE: Entry(409, "stop the other server, or choose another data directory"),
     Reason.SERVER_STOPPING: Entry(503, "send again when the server is back"),
+    # Not 503: to devices that would be a rate limit, which they do not understand.
+    Reason.SERVER_BUSY: Entry(500, "send again a little later; a larger machine or a higher limit helps for good"),
     Reason.BLOB_TOO_LARGE: Entry(413, "send less, or raise the limit in the server's settings"),
+    Reason.TLS_INVALID: Entry(500, "give a PEM certificate chain and the unencrypted private key that belongs to it"),
     Reason.SETTINGS_INVALID: Entry(500, "correct the setting that the message names"),
     Reason.BUDGET_INVALID: Entry(400, "send epsilon > 0, delta between 0 and 1, and CLAIMED or NO_AMPLIFICATION"),
     Reason.BUDGET_SPENT: Entry(409, "the population's privacy budget is spent; nothing more is released"),
+    Reason.ROUND_EXPIRED: Entry(409, "let more devices check in, lower the report goal, or raise --round-expiry"),
+    Reason.STOP_TIME_PASSED: Entry(409, "build the task again with a later do_not_create_iteration_after"),
+    Reason.ARTIFACTS_MISSING: Entry(409, "build the task again; its artifacts were never uploaded"),
     Reason.INTERNAL: _DEFAULT,
 }
 

@@ -1,15 +1,17 @@
 """`fedcompute server` as a process."""
 
+import dataclasses
 import json
+import os
 import signal
 import socket
+import tomllib
 import urllib.request
 
 import pytest
 
-from fedcompute.cli.server import read_window
-from fedcompute.errors import FedComputeError
-from fedcompute.server.settings import RetryWindow, Settings
+from fedcompute.server.configuration import flag_of
+from fedcompute.server.settings import Settings, about
 
 
 def test_the_server_says_where_it_is_answers_there_and_stops_with_ctrl_c(start, tmp_path):
@@ -38,7 +40,10 @@ def test_people_are_told_address_keys_data_and_how_to_stop(start, tmp_path):
         (["--retry-no-task", "5:x"], "--retry-no-task"),
         (["--retry-no-task", "5:1"], "retry_no_task"),
         (["--public-url", "http://example.org"], "public_url"),
-        (["--log-level", "loud"], "--log-level"),
+        (["--log-level", "loud"], "log_level"),
+        (["--port", "many"], "--port"),
+        (["--port", "70000"], "--port"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--workers", "-1"], "workers"),
         (["--database-url", "nonsense"], "database URL"),
         (["--database-url", "sqlite:////proc/none.db"], "database"),
@@ -80,23 +85,33 @@ def test_a_second_server_on_the_same_data_is_refused_and_the_first_goes_on(start
     assert json.loads(third.stdout.readline())["data_dir"] == str(data)
 
 
-def test_every_setting_is_an_option_with_the_setting_s_default(fedcompute):
-    import dataclasses
-    import inspect
-
-    from fedcompute.cli.server import server
-
-    parameters = inspect.signature(server).parameters
-    for field in dataclasses.fields(Settings):
-        assert field.name in parameters
-        default = parameters[field.name].default
-        if isinstance(field.default, RetryWindow):
-            default = read_window(field.name, default)
-        if field.default is not dataclasses.MISSING:
-            assert default == field.default
+def test_a_flag_beats_the_environment_and_the_environment_the_file(program, tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text('workers = 3\nhost = "::1"\nport = 1\n')
+    environment = {"FEDCOMPUTE_CONFIG": str(file), "FEDCOMPUTE_HOST": "::", "FEDCOMPUTE_PORT": "2"}
+    result = program("fedcompute", "server", "--port", "3", "--show-config", "--json", env=os.environ | environment)
+    assert result.returncode == 0, result.stderr
+    shown = {one["name"]: (one["value"], one["origin"]) for one in json.loads(result.stdout)}
+    assert shown["workers"] == (3, str(file))
+    assert shown["host"] == ("::", "FEDCOMPUTE_HOST")
+    assert shown["port"] == (3, "--port")
+    assert shown["job_attempts"] == (Settings.job_attempts, "default")
 
 
-def test_one_number_is_a_window_of_its_own():
-    assert read_window("--retry-no-task", "2") == RetryWindow(2, 2)
-    with pytest.raises(FedComputeError):
-        read_window("--retry-no-task", "")
+def test_what_show_config_prints_is_a_settings_file(program, tmp_path):
+    arguments = ("--retry-no-task", "5:6", "--allow-plaintext-uploads", "--data-dir", tmp_path / 'a "quoted" name')
+    first = program("fedcompute", "server", "--show-config", *arguments)
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / "server.toml"
+    file.write_text(first.stdout)
+    second = program("fedcompute", "server", "--show-config", "--config", file)
+    assert second.returncode == 0, second.stderr
+    assert tomllib.loads(second.stdout) == tomllib.loads(first.stdout)
+    assert tomllib.loads(first.stdout)["retry_no_task"] == [5.0, 6.0]
+
+
+def test_help_lists_every_setting_with_its_words(program):
+    shown = " ".join(program("fedcompute", "server", "--help", env=os.environ | {"COLUMNS": "250"}).stdout.split())
+    for one in dataclasses.fields(Settings):
+        assert f" {flag_of(one.name)} " in shown
+        assert about(one).help in shown

@@ -1,11 +1,14 @@
 import gzip
+import itertools
 import json
+import zlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedcompute.crypto import envelope
 from fedcompute.crypto.envelope import gunzip, gzip_bytes, open_update, seal_update
 from fedcompute.crypto.keys import generate_key_pair, parse_public_keys, public_keys_json
 from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
@@ -77,3 +80,63 @@ def test_a_key_list_survives_publication_and_garbage_is_refused():
     for data in (b"", b"[]", b'{"keys":[{"id":"a"}]}', b'{"keys":[{"id":"a","key":"YQ=="}]}', b"{" * 9999):
         with pytest.raises(ArtifactInvalid):
             parse_public_keys(data)
+
+
+SEALED = json.loads(seal_update(b"checkpoint", KEY.published))
+
+
+def opened(body, **options):
+    try:
+        return open_update(body, PRIVATE, **{"allow_plaintext": True, "limit": LIMIT, **options})
+    except UploadRejected as refusal:
+        return refusal.reason
+
+
+def in_order(names, fields, space=""):
+    members = ",".join(f'{space}"{name}"{space}:{space}{json.dumps(fields[name])}{space}' for name in names)
+    return f"{space}{{{members}}}{space}".encode()
+
+
+@pytest.mark.parametrize("space", ["", " ", "\r\n\t "])
+def test_an_envelope_opens_whatever_the_order_and_spacing_of_its_members(space):
+    for names in itertools.permutations(SEALED):
+        assert opened(in_order(names, SEALED, space)) == b"checkpoint"
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_an_envelope_found_without_a_parser_is_read_as_a_parser_reads_it(data):
+    body = bytearray(in_order(data.draw(st.permutations(list(SEALED))), SEALED, data.draw(st.sampled_from(["", " "]))))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(body)))
+        new = data.draw(st.sampled_from([b"", b'"', b"\\", b"=", b"==", b"\n", b" ", b",", b"}", b"\xff", b"\0", b"A"]))
+        body[at : at + data.draw(st.integers(0, 2))] = new
+    with pytest.MonkeyPatch.context() as patch:
+        found = opened(bytes(body))
+        patch.setattr(envelope, "_plain_fields", lambda _: None)
+        assert found == opened(bytes(body))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_damaged_gzip_stream_is_refused_or_reads_as_zlib_reads_it(data):
+    plain = data.draw(st.binary(max_size=400) | st.integers(0, 5000).map(bytes))
+    packed = bytearray(gzip.compress(plain, data.draw(st.sampled_from([0, 1, 6])), mtime=0))
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(packed)))
+        packed[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        expected = stream.decompress(bytes(packed), LIMIT)
+        expected = expected if stream.eof and not stream.unused_data else None
+    except zlib.error:
+        expected = None
+    try:
+        assert gunzip(bytes(packed), LIMIT) == expected
+    except UploadRejected as refusal:
+        assert (expected, refusal.reason) == (None, Reason.UPLOAD_TRUNCATED)
+
+
+def test_what_we_pack_any_gunzip_reads():
+    for plain in (b"", b"a", bytes(100_000), KEY.public_key * 1000):
+        assert gzip.decompress(gzip_bytes(plain)) == plain

@@ -41,6 +41,18 @@ def test_the_lattice_point_of_a_clipped_update_stays_within_the_bound(update, cl
         assert np.abs(value * lattice.step - clipped[name]).max() < lattice.step
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (5, 0), (7,), (1 << 15,), (3, 40_001)])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 1 - 2**-53])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_leaf_of_any_size_lies_on_the_lattice_as_if_it_were_rounded_whole(shape, factor, dtype):
+    leaf = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    lattice = lattice_for(0.37)
+    points = to_lattice({"a": leaf}, lattice, factor)["a"]
+    expected = np.trunc(leaf.astype(np.float64) * factor / lattice.step).astype(np.int64)
+    assert (points.dtype, points.shape) == (np.int64, shape)
+    np.testing.assert_array_equal(points, expected)
+
+
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-4, 123.456])
 @pytest.mark.parametrize("count", [1 << 12, (1 << 20) + 1, 3_000_001])
 def test_the_bound_holds_exactly_for_as_many_elements_as_models_have(value, count):

@@ -1,11 +1,14 @@
 """A real server on loopback, hand-made plans for it, and hand-made devices that speak its protocol."""
 
+import importlib.util
 import socket
+import sys
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -89,7 +92,7 @@ class Api:
         assert response.status_code == 200, response.text
         return task_pb2.CreateTaskResponse.FromString(response.content).task
 
-    def open_task(self, population, process, **options) -> int:
+    def open_task(self, population, process, *, within=30, **options) -> int:
         """Creates a task, puts its artifacts and waits until it is open; returns its id."""
         task = self.create_task(population, **options)
         for url, data in (
@@ -98,7 +101,7 @@ class Api:
             (task.client_only_plan_url[0], client_plan()),
         ):
             assert self.http.put(url, content=data).status_code == 200
-        self.wait(lambda: self.task(population, task.task_id)["task"]["status"] != "CREATED")
+        self.wait(lambda: self.task(population, task.task_id)["task"]["status"] != "CREATED", within)
         return task.task_id
 
     def task(self, population, task_id) -> dict[str, Any]:
@@ -245,6 +248,20 @@ def run_server(tmp_path):
         running.stop()
 
 
+@pytest.fixture(scope="module")
+def start_server():
+    """Starts servers on a data directory of the test's choice; all stop at the end of the test file."""
+    started = []
+
+    def start(data_dir, **changes):
+        started.append(Running(settings_of(data_dir, **changes)))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.stop()
+
+
 @pytest.fixture
 def hand_made():
     """What the tests make by hand: processes, plans, updates."""
@@ -260,6 +277,17 @@ class HandMade:
     settings_of = staticmethod(settings_of)
     initial = INITIAL
     rate = RATE
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The scripted client and its parts; test modules cannot import their neighbours."""
+    path = Path(__file__).with_name("reference_client.py")
+    spec = importlib.util.spec_from_file_location("reference_client", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class Gate:
@@ -279,6 +307,8 @@ class Gate:
             self.reached.set()
             self.opened.wait(60)
         return result
+
+    capacity = 4
 
     def warm_up(self) -> None:
         pass

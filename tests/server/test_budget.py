@@ -252,6 +252,8 @@ class Together:
                 self._both.wait(20)
         return result
 
+    capacity = 4
+
     def warm_up(self) -> None:
         pass
 

@@ -133,7 +133,9 @@ def test_a_damaged_partial_sum_is_added_up_again(round_of_three, hand_made, how)
             path.write_bytes(b"garbage")
     release(executor, "update")
     found, mean = weights(server, hand_made, task_id)
-    assert found["iterations"][0]["assignments"] == {"UPLOAD_COMPLETED": 3}
+    first, second = found["iterations"]
+    assert (first["status"], first["assignments"]) == ("APPLYING_FAILED", {})
+    assert (second["status"], second["assignments"]) == ("COMPLETED", {"UPLOAD_COMPLETED": 3})
     np.testing.assert_allclose(mean, np.full_like(mean, 7 / 3), atol=1e-5)
 
 

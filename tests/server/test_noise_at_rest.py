@@ -6,6 +6,7 @@ import sqlite3
 import numpy as np
 import pytest
 
+from fedcompute.crypto.sealing import place, sealer_of
 from fedcompute.learning.noise_state import SEALED, open_noise
 from fedcompute.protos import learning_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -33,9 +34,11 @@ def stored_checkpoint(settings, population, task_id, iteration):
 
 
 def noise_key(settings):
+    sealer = sealer_of((settings.data_dir / "secret").read_bytes())
+    query = "SELECT value, sealed_with FROM server_secret WHERE name = 'noise_state'"
     with sqlite3.connect(settings.data_dir / "fedcompute.db") as database:
-        (value,) = database.execute("SELECT value FROM server_secret WHERE name = 'noise_state'").fetchone()
-    return bytes(value)
+        value, sealed_with = database.execute(query).fetchone()
+    return sealer.open(place("server_secret", "noise_state"), bytes(value), sealed_with)
 
 
 @pytest.mark.parametrize("aggregator", [TREE, BANDED])

@@ -229,6 +229,7 @@ def test_a_repeated_update_job_keeps_the_first_noise(run_server, hand_made):
             plan_path=f"{root}/0/s/0/server_phase",
             base_path=f"{root}/0/s/0/checkpoint",
             sum_paths=tuple(str(path.relative_to(running.settings.data_dir / "blobs" / "aggregated")) for path in sums),
+            contributions=1,
             checkpoint_path=f"{root}/1/s/0/checkpoint",
             client_checkpoint_path=f"{root}/1/d/0/client_checkpoint",
             metrics_path=f"{root}/1/s/0/metrics",

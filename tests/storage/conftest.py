@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fedcompute.protos import task_pb2
-from fedcompute.storage.assignments import assign, mark_uploaded, report_completed
+from fedcompute.storage.assignments import mark_uploaded, report_completed
 from fedcompute.storage.batches import create_batch, publish_batch
+from fedcompute.storage.check_ins import CheckIn, assign
 from fedcompute.storage.database import Database
 from fedcompute.storage.iterations import create_iteration, move_iteration, next_iteration
 from fedcompute.storage.schema import IterationStatus
@@ -123,9 +124,9 @@ def collecting(database, task_proto, now):
 
 @pytest.fixture
 def check_in(database, now):
-    def make(population="digits", *, version=1, at=now, key=None, choose=lambda n: 0, on=database):
+    def make(population="digits", *, version=1, at=now, key=None, choose=lambda n: 0, on=database, **who):
         with on.write() as tx:
-            return assign(tx, population, version, at, choose=choose, idempotency_key=key)
+            return assign(tx, CheckIn(population, version, key, **who), at, choose=choose)
 
     return make
 

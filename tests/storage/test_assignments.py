@@ -8,16 +8,12 @@ from fedcompute.errors import Reason
 from fedcompute.storage import schema
 from fedcompute.storage.assignments import (
     DEVICE_FAILURES,
-    Assigned,
-    Declined,
-    DeclineKind,
     cancel_late,
     cancel_unused,
     count_assignments,
     count_by_iteration,
     count_rejections,
     find_assignment,
-    forget_idempotency,
     get_assignment,
     list_assignments,
     mark_uploaded,
@@ -29,6 +25,7 @@ from fedcompute.storage.assignments import (
     unbatched,
 )
 from fedcompute.storage.batches import create_batch
+from fedcompute.storage.check_ins import Assigned, Declined, DeclineKind, forget_idempotency
 from fedcompute.storage.iterations import move_iteration
 from fedcompute.storage.keys import AssignmentKey, IterationKey, TaskKey
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus
@@ -86,7 +83,7 @@ def test_the_most_hopeful_reason_is_given(database, collecting, check_in, now):
     with database.write() as tx:
         for key, old in ((training, IterationStatus.COLLECTING), (evaluation, IterationStatus.AGGREGATING)):
             assert move_iteration(tx, key, old, IterationStatus.AGGREGATING_FAILED, now)
-    assert check_in(version=15) == Declined(DeclineKind.NOT_ACTIVE)
+    assert check_in(version=15) == Declined(DeclineKind.NOT_OPEN)
 
 
 def test_a_repeated_check_in_gets_the_same_assignment_for_five_minutes(collecting, check_in, now):
@@ -299,11 +296,11 @@ def test_a_paused_task_gives_no_place_away_and_keeps_those_it_gave(database, col
     with database.write() as tx:
         assert report_completed(tx, first.assignment.key, now)
         assert move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.COMPLETED, now)
-    # Between two rounds an open task has nothing; a paused one will have.
+    # Between two rounds a task has nothing yet.
     assert check_in() == Declined(DeclineKind.NOT_OPEN)
     with database.write() as tx:
         assert resume_task(tx, key.task, now)
-    assert check_in() == Declined(DeclineKind.NOT_ACTIVE)
+    assert check_in() == Declined(DeclineKind.NOT_OPEN)
 
 
 def test_a_paused_task_leaves_devices_to_the_other_task(collecting, check_in, database, now):

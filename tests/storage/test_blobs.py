@@ -1,11 +1,14 @@
 import asyncio
 import gzip
+import html
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
@@ -16,18 +19,36 @@ from fedcompute.storage.keys import TaskKey
 TASK = TaskKey("digits:v1.0", 7)
 
 
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "blobs"
+@pytest.fixture(params=["directory", "s3"])
+def url(request, tmp_path):
+    """A store that nothing was ever put in."""
+    if request.param == "directory":
+        return str(tmp_path / "blobs")
+    return f"s3://{request.getfixturevalue('s3').bucket()}/prefix"
 
 
 @pytest.fixture
-def blobs(root):
-    return open_blob_store(str(root))
+def blobs(url):
+    return open_blob_store(url)
 
 
-def files(root):
-    return sorted(str(path.relative_to(root)) for path in Path(root).rglob("*") if path.is_file())
+@pytest.fixture
+def files(url, request):
+    """Returns everything that lies in the store, whole or not, by its own account."""
+
+    def directory():
+        root = Path(url)
+        return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+    def bucket():
+        store = request.getfixturevalue("s3")
+        name = url.split("/")[2]
+        begun = httpx.get(f"{store.url}/{name}?uploads").text
+        assert "<Upload>" not in begun, "a multipart upload was left behind"
+        keys = re.findall("<Key>prefix/(.*?)</Key>", httpx.get(f"{store.url}/{name}?list-type=2").text)
+        return sorted(html.unescape(key) for key in keys)
+
+    return bucket if url.startswith("s3://") else directory
 
 
 async def stream(*chunks, fail=None):
@@ -50,10 +71,10 @@ def test_the_layout_is_the_one_of_the_protocol():
     assert paths.update_path(TASK, 3, "s1").startswith(paths.updates_prefix(TASK, 3))
 
 
-def test_an_object_lies_in_its_bucket_and_comes_back(blobs, root):
+def test_an_object_lies_in_its_bucket_and_comes_back(blobs, files, url):
     path = paths.update_path(TASK, 1, "session")
     assert blobs.put("gradient", path, b"update")
-    assert files(root) == [f"gradient/{path}"]
+    assert files() == [f"gradient/{path}"]
     assert blobs.get("gradient", path, 6) == b"update"
     assert blobs.size("gradient", path) == 6
     assert blobs.exists("gradient", path)
@@ -61,7 +82,8 @@ def test_an_object_lies_in_its_bucket_and_comes_back(blobs, root):
     assert blobs.put("gradient", path, b"")
     assert blobs.get("gradient", path, 0) == b""
     assert blobs.delete("gradient", path)
-    assert not blobs.delete("gradient", path)
+    # S3 does not say whether there was anything to delete.
+    assert blobs.delete("gradient", path) is url.startswith("s3://")
 
 
 def test_reading_has_a_limit_and_typed_errors(blobs):
@@ -103,7 +125,7 @@ def test_reading_has_a_limit_and_typed_errors(blobs):
         "/".join(["a"] * 600),
     ],
 )
-def test_a_path_that_could_leave_its_bucket_is_refused_everywhere(blobs, root, path):
+def test_a_path_that_could_leave_its_bucket_is_refused_everywhere(blobs, files, path):
     operations = [
         lambda: blobs.put("model", path, b"x"),
         lambda: blobs.get("model", path, 1),
@@ -117,7 +139,7 @@ def test_a_path_that_could_leave_its_bucket_is_refused_everywhere(blobs, root, p
         with pytest.raises(RequestRejected) as caught:
             operation()
         assert caught.value.reason is Reason.MALFORMED_REQUEST
-    assert files(root) == []
+    assert files() == []
 
 
 @pytest.mark.parametrize("bucket", ["", "..", "a/b", "."])
@@ -183,23 +205,23 @@ def test_an_empty_stream_is_an_empty_object(blobs):
 
 
 @pytest.mark.parametrize("count", [1, 12])
-def test_a_stream_beyond_its_limit_leaves_nothing(blobs, root, count):
+def test_a_stream_beyond_its_limit_leaves_nothing(blobs, files, count):
     chunks = [b"x" * 1_000_000] * count
     with pytest.raises(BlobTooLarge):
         asyncio.run(blobs.put_stream("gradient", "a/b", stream(*chunks), 1_000_000 * count - 1))
-    assert files(root) == []
+    assert files() == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("gone"), ConnectionResetError("gone"), OSError("gone")])
 @pytest.mark.parametrize("count", [0, 1, 12])
-def test_a_stream_that_breaks_off_leaves_nothing_and_says_why(blobs, root, error, count):
+def test_a_stream_that_breaks_off_leaves_nothing_and_says_why(blobs, files, error, count):
     chunks = [b"x" * 1_000_000] * count
     with pytest.raises(type(error), match="gone"):
         asyncio.run(blobs.put_stream("gradient", "a/b", stream(*chunks, fail=error), 1 << 30))
-    assert files(root) == []
+    assert files() == []
 
 
-def test_a_canceled_stream_leaves_nothing_and_the_old_object_stays(blobs, root):
+def test_a_canceled_stream_leaves_nothing_and_the_old_object_stays(blobs, files):
     blobs.put("gradient", "a/b", b"old")
 
     async def forever():
@@ -213,11 +235,11 @@ def test_a_canceled_stream_leaves_nothing_and_the_old_object_stays(blobs, root):
         await asyncio.sleep(0.1)
 
     asyncio.run(run())
-    assert files(root) == ["gradient/a/b"]
+    assert files() == ["gradient/a/b"]
     assert blobs.get("gradient", "a/b", 3) == b"old"
 
 
-def test_a_process_killed_while_it_streams_leaves_no_object(blobs, root):
+def test_a_process_killed_while_it_streams_leaves_no_object(blobs, url):
     program = textwrap.dedent("""
         import asyncio, os, signal, sys
         from fedcompute.storage.blobs import open_blob_store
@@ -228,7 +250,7 @@ def test_a_process_killed_while_it_streams_leaves_no_object(blobs, root):
             os.kill(os.getpid(), signal.SIGKILL)
         asyncio.run(open_blob_store(sys.argv[1]).put_stream("gradient", "a/b", chunks(), 1 << 30))
     """)
-    assert subprocess.run([sys.executable, "-c", program, str(root)]).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, url]).returncode == -9
     assert blobs.list("gradient", "") == []
     assert not blobs.exists("gradient", "a/b")
     assert asyncio.run(blobs.put_stream("gradient", "a/b", stream(b"new"), 3)) == 3
@@ -251,3 +273,84 @@ def test_a_store_that_cannot_be_opened_is_a_settings_error(tmp_path):
             open_blob_store(url)
         assert caught.value.reason is Reason.SETTINGS_INVALID
         assert str(tmp_path) not in caught.value.detail
+
+
+def test_a_folder_is_removed_in_slices_and_its_neighbours_stay(blobs, files):
+    for name in ("a", "b", "c"):
+        blobs.put("gradient", f"p/1/1/d/{name}/gradient", b"x")
+    blobs.put("gradient", "p/1/11/d/c/gradient", b"x")
+    assert blobs.delete_folder("gradient", "p/1/1", limit=2) == 2
+    assert blobs.delete_folder("gradient", "p/1/1", limit=2) == 1
+    assert blobs.delete_folder("gradient", "p/1/1", limit=2) == 0
+    assert blobs.delete_folder("model", "nobody") == 0
+    assert files() == ["gradient/p/1/11/d/c/gradient"]
+
+
+def test_removed_folders_of_a_directory_leave_no_empty_ones(tmp_path):
+    blobs = open_blob_store(str(tmp_path))
+    blobs.put("gradient", "p/1/1/d/a/gradient", b"x")
+    blobs.put("gradient", "p/1/2/d/a/gradient", b"x")
+    blobs.delete_folder("gradient", "p/1/1")
+    assert sorted(path.name for path in (tmp_path / "gradient" / "p" / "1").iterdir()) == ["2"]
+
+
+def test_whoever_fetches_gzip_from_s3_is_told_that_it_is_gzip(s3):
+    name = s3.bucket()
+    blobs = open_blob_store(f"s3://{name}")
+    data = gzip.compress(b"plan")
+    blobs.put("model", "whole", data)
+    asyncio.run(blobs.put_stream("model", "streamed", stream(data), 100))
+    blobs.put("model", "plain", b"plan")
+    for path, encoding in (("whole", "gzip"), ("streamed", "gzip"), ("plain", None)):
+        answer = httpx.get(blobs.signed_url("GET", "model", path, 60))
+        assert (answer.headers.get("content-encoding"), answer.content) == (encoding, b"plan")
+
+
+def test_a_store_that_creates_only_what_is_absent_passes_its_probe_and_keeps_nothing_of_it(blobs, files):
+    blobs.check_writes_once()
+    assert files() == []
+
+
+def test_a_store_that_overwrites_is_refused(s3):
+    s3.ignores_conditions = True
+    with pytest.raises(OperationFailed) as caught:
+        open_blob_store(f"s3://{s3.bucket()}").check_writes_once()
+    assert caught.value.reason is Reason.BLOB_STORE_UNSUITABLE
+
+
+def test_a_store_that_stumbles_is_asked_again(s3):
+    blobs = open_blob_store(f"s3://{s3.bucket()}")
+    s3.outages = 2
+    assert blobs.put("model", "a", b"1")
+    s3.outages = 2
+    assert blobs.get("model", "a", 1) == b"1"
+
+
+def test_a_store_without_its_bucket_is_a_typed_error_that_tells_no_secret(s3):
+    with pytest.raises(OperationFailed) as caught:
+        open_blob_store("s3://nobody").check_writes_once()
+    assert caught.value.reason is Reason.STORAGE_FAILED
+    assert s3.key not in str(caught.value)
+    assert s3.secret not in str(caught.value)
+
+
+def test_a_signed_url_of_the_store_is_for_its_object_and_its_time(s3):
+    blobs = open_blob_store(f"s3://{s3.bucket()}/prefix")
+    url = blobs.signed_url("PUT", "gradient", "digits:v1.0/1/1/d/a/gradient", 900)
+    assert url.startswith(f"{s3.url}/")
+    assert "X-Amz-Expires=900" in url
+    assert s3.secret not in url
+    headers = {"content-type": "application/octet-stream", "content-encoding": "gzip"}
+    assert httpx.put(url, content=gzip.compress(b"update"), headers=headers).status_code == 200
+    assert blobs.list("gradient", "digits:v1.0/1/1/d") == ["digits:v1.0/1/1/d/a/gradient"]
+    assert httpx.get(blobs.signed_url("GET", "gradient", "digits:v1.0/1/1/d/a/gradient", 9)).content == b"update"
+    with pytest.raises(RequestRejected):
+        blobs.signed_url("GET", "gradient", "../x", 9)
+
+
+def test_a_store_whose_urls_devices_refuse_signs_none(s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT", s3.url.replace("localhost", "127.0.0.1"))
+    for store in (open_blob_store(f"s3://{s3.bucket()}"), open_blob_store(str(tmp_path))):
+        with pytest.raises(OperationFailed) as caught:
+            store.signed_url("GET", "model", "a", 9)
+        assert caught.value.reason is Reason.SETTINGS_INVALID

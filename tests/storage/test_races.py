@@ -14,9 +14,6 @@ from fedcompute.privacy.budget import Budget
 from fedcompute.privacy.chain import Release, verify_chain
 from fedcompute.storage import schema
 from fedcompute.storage.assignments import (
-    Assigned,
-    Declined,
-    DeclineKind,
     cancel_unused,
     count_assignments,
     list_assignments,
@@ -26,6 +23,7 @@ from fedcompute.storage.assignments import (
 )
 from fedcompute.storage.batches import finish_batch, get_batch
 from fedcompute.storage.budgets import budget_of, set_budget
+from fedcompute.storage.check_ins import Assigned, Declined, DeclineKind
 from fedcompute.storage.iterations import (
     close_and_open_next,
     create_iteration,

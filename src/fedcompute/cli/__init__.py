@@ -29,7 +29,12 @@ _COMMANDS = {
         "fedcompute.cli.quickstart", "quickstart", "Train a model on simulated devices, end to end, in a few minutes."
     ),
     "server": _Entry("fedcompute.cli.server", "app", "Run a federated compute server."),
-    "task": _Entry("fedcompute.cli.task", "app", "Build, list, show, watch and cancel tasks."),
+    "task": _Entry("fedcompute.cli.task", "app", "Build, list, show, watch, cancel and clone tasks."),
+    "api-key": _Entry("fedcompute.cli.api_keys", "app", "Make, list and revoke API keys for operators."),
+    "keys": _Entry("fedcompute.cli.keys", "app", "List and rotate the encryption keys that devices use."),
+    "secret": _Entry("fedcompute.cli.secret", "app", "Replace the operator secret, which seals keys and secrets."),
+    "audit": _Entry("fedcompute.cli.audit", "app", "Show what operators have changed or tried to change."),
+    "enrolment": _Entry("fedcompute.cli.enrolments", "app", "Enrol devices that prove themselves with a secret."),
     "fleet": _Entry("fedcompute.cli.fleet", "fleet", "Run many simulated devices against a server."),
     "metrics": _Entry("fedcompute.cli.metrics", "app", "Plot a task's metrics, or print them as a table."),
     "model": _Entry("fedcompute.cli.model", "app", "Export a round's weights into your model."),

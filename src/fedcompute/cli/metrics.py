@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.connection import api_key
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.monitoring.frames import MetricSeries, load_metrics
 from fedcompute.monitoring.plots import metric_label
@@ -48,6 +49,7 @@ def plot(
             metavar="LABEL=POPULATION/TASK", help="Draw this run as one line; repeat it to compare runs in one chart."
         ),
     ] = None,
+    api_key_file: options.ApiKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw one PNG per metric: x the round, y the value. A missing round leaves a gap."""
@@ -61,7 +63,10 @@ def plot(
         raise OperationFailed(
             Reason.SETTINGS_INVALID, "no task to plot", remedy="give --population, or --compare LABEL=POPULATION/TASK"
         )
-    runs = [Run(label, load_metrics(source, name, number, rounds=rounds)) for label, name, number in chosen]
+    key = api_key(api_key_file)
+    runs = [
+        Run(label, load_metrics(source, name, number, rounds=rounds, api_key=key)) for label, name, number in chosen
+    ]
     files = plot_metrics(runs, out)
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in files]}))
@@ -77,10 +82,11 @@ def table(
     storage: _Storage = None,
     task_id: _TaskId = 1,
     rounds: _Rounds = None,
+    api_key_file: options.ApiKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Print every metric of every round."""
-    found = load_metrics(_source(root, storage), population, task_id, rounds=rounds)
+    found = load_metrics(_source(root, storage), population, task_id, rounds=rounds, api_key=api_key(api_key_file))
     by_round = _by_round(found)
     if as_json:
         typer.echo(json.dumps([{"round": number, "metrics": values} for number, values in by_round.items()]))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.connection import connect
 from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import OperationFailed, Reason
 
@@ -31,12 +32,12 @@ def export(
     task_id: options.TaskId = 1,
     iteration: Annotated[str, typer.Option(help="Round number, 0 for the initial weights, or latest.")] = "latest",
     server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Write the weights that a training round released into your own model."""
     from fedcompute.learning.specification import NON_TRAINABLE, TRAINABLE
-    from fedcompute.monitoring.operator_api import OperatorApi
     from fedcompute.tensors.checkpoint import read_checkpoint
     from fedcompute.tensors.tree import subtree
 
@@ -45,7 +46,7 @@ def export(
         raise OperationFailed(Reason.SETTINGS_INVALID, f"--out: {out} exists", remedy="choose another, or give --force")
     if not model.exists():
         raise OperationFailed(Reason.NOT_FOUND, f"--model: there is no {model}", remedy="give the model that you built")
-    data, found = OperatorApi(server).checkpoint(population, task_id, wanted)
+    data, found = connect(server, api_key_file).checkpoint(population, task_id, wanted)
     tensors = read_checkpoint(data)
     trainable = list(subtree(tensors, TRAINABLE).values())
     non_trainable = list(subtree(tensors, NON_TRAINABLE).values())

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.connection import connect
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 
 # Seconds of silence before progress is shown.
@@ -22,11 +23,13 @@ _File = Annotated[
 _OptionalPopulation = Annotated[str | None, typer.Option("--population", help="Population whose ledger it is.")]
 
 
-def ledger(population: options.Population, server: options.Server = options.DEFAULT_SERVER) -> None:
+def ledger(
+    population: options.Population,
+    server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
+) -> None:
     """Print a population's ledger as JSON: everything released about its devices, chained entry by entry."""
-    from fedcompute.monitoring.operator_api import OperatorApi
-
-    json.dump(OperatorApi(server).ledger(population), sys.stdout, indent=1)
+    json.dump(connect(server, api_key_file).ledger(population), sys.stdout, indent=1)
     typer.echo()
 
 
@@ -34,6 +37,7 @@ def verify(
     file: _File = None,
     population: _OptionalPopulation = None,
     server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
     head: Annotated[
         str | None,
         typer.Option(help="A head noted earlier, which must still be in the chain: only it shows a cut end."),
@@ -43,7 +47,7 @@ def verify(
     """Recompute a ledger's chain and every epsilon in it from scratch; exit code 1 if anything is wrong."""
     from fedcompute.privacy import chain
 
-    found = _ledger(file, population, server)
+    found = _ledger(file, population, server, api_key_file)
     if population is not None and found.population != population:
         raise ArtifactInvalid(Reason.LEDGER_MALFORMED, f"it is the ledger of {found.population}, not of {population}")
     foreign = [f"entry {one.sequence} is of another population" for one in found.entries[:1]]
@@ -95,12 +99,11 @@ def budget(
     ] = "CLAIMED",
     remove: Annotated[bool, typer.Option("--remove", help="Take the budget away: nothing limits releases.")] = False,
     server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show, set or remove a population's privacy budget, and what is spent and left of it."""
-    from fedcompute.monitoring.operator_api import OperatorApi
-
-    api = OperatorApi(server)
+    api = connect(server, api_key_file)
     if (epsilon is None) != (delta is None) or (remove and epsilon is not None):
         raise OperationFailed(
             Reason.SETTINGS_INVALID, "a budget is set with --epsilon and --delta, or removed with --remove"
@@ -145,7 +148,7 @@ def _show_budget(document: dict[str, Any], *, as_json: bool) -> None:
     )
 
 
-def _ledger(file: Path | None, population: str | None, server: str) -> Any:
+def _ledger(file: Path | None, population: str | None, server: str, api_key_file: Path | None) -> Any:
     from fedcompute.privacy.ledger_document import BYTES_LIMIT, ledger_from, read_ledger
 
     if file is not None:
@@ -156,9 +159,7 @@ def _ledger(file: Path | None, population: str | None, server: str) -> Any:
             raise OperationFailed(Reason.STORAGE_FAILED, f"{file} cannot be read: {error.strerror}") from error
     if population is None:
         raise OperationFailed(Reason.SETTINGS_INVALID, "name a ledger file, or --population and --server")
-    from fedcompute.monitoring.operator_api import OperatorApi
-
-    return ledger_from(OperatorApi(server).ledger(population))
+    return ledger_from(connect(server, api_key_file).ledger(population))
 
 
 def _verified_epsilons(entries: Any) -> list[str]:

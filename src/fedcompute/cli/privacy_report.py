@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.connection import connect
 from fedcompute.cli.progress import waiting
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 
@@ -24,6 +25,7 @@ def report(
     ] = None,
     task_id: options.TaskId = 1,
     server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE.json", help="A downloaded ledger, in place of a server.")
     ] = None,
@@ -52,7 +54,10 @@ def report(
 
     if delta is not None and not 0 < delta < 1:
         raise OperationFailed(Reason.SETTINGS_INVALID, f"--delta: {delta:g} does not lie between 0 and 1")
-    read, facts = _from_file(ledger, population) if ledger is not None else _from_server(server, population, task_id)
+    if ledger is not None:
+        read, facts = _from_file(ledger, population)
+    else:
+        read, facts = _from_server(server, api_key_file, population, task_id)
     if not any(entry.task_id == task_id for entry in read.entries):
         if ledger is not None or html is not None:
             raise OperationFailed(
@@ -104,8 +109,9 @@ def _from_file(file: Path, population: str | None) -> "tuple[Ledger, PlanFacts |
     return read, None
 
 
-def _from_server(url: str, population: str | None, task_id: int) -> "tuple[Ledger, PlanFacts | None]":
-    from fedcompute.monitoring.operator_api import OperatorApi
+def _from_server(
+    url: str, api_key_file: Path | None, population: str | None, task_id: int
+) -> "tuple[Ledger, PlanFacts | None]":
     from fedcompute.monitoring.plan_facts import plan_facts
     from fedcompute.privacy.ledger_document import ledger_from
 
@@ -113,7 +119,7 @@ def _from_server(url: str, population: str | None, task_id: int) -> "tuple[Ledge
         raise OperationFailed(
             Reason.SETTINGS_INVALID, "no population", remedy="name --population, or a ledger file with --ledger"
         )
-    api = OperatorApi(url)
+    api = connect(url, api_key_file)
     read = ledger_from(api.ledger(population))
     tasks = {entry.task_id for entry in read.entries}
     try:

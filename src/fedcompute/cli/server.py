@@ -1,9 +1,11 @@
 """`fedcompute server`: every server role on one machine."""
 
+import dataclasses
+import inspect
 import json
 import logging
+import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -15,140 +17,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompute import __version__
-from fedcompute.cli.quiet import quiet_http_client
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
-from fedcompute.server.settings import RetryWindow, Settings
+from fedcompute.server.configuration import (
+    CONFIG_VARIABLE,
+    configure,
+    flag_of,
+    kind_of,
+    render_json,
+    render_toml,
+    setting_fields,
+)
+from fedcompute.server.logs import Logs, configure_logging
+from fedcompute.server.security.operators import opens_without_key
+from fedcompute.server.settings import Settings, about
 
 if TYPE_CHECKING:
     import uvicorn
 
 KEY_PATH = "/.well-known/odp/v1/public-keys"
-_WINDOW = "seconds, MIN:MAX"
-
-_ADDRESS = "Address"
-_STORAGE = "Storage"
-_WAITING = "When devices come back, and how long the server waits"
-_LIMITS = "Limits and security"
-
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: fedcompute server --data-dir runs/digits --port 8080")
-def server(
-    data_dir: Annotated[
-        Path, typer.Option(help="Where the database and the blobs lie; made if missing.", rich_help_panel=_STORAGE)
-    ] = Path("fedcompute-data"),
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.", rich_help_panel=_ADDRESS)
-    ] = Settings.host,
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0 for any free one.", min=0, max=65535, rich_help_panel=_ADDRESS)
-    ] = Settings.port,
-    public_url: Annotated[
-        str | None,
-        typer.Option(
-            help="The URL by which devices know this server.",
-            show_default="http://localhost:PORT",
-            rich_help_panel=_ADDRESS,
-        ),
-    ] = None,
-    database_url: Annotated[
-        str | None,
-        typer.Option(
-            help="SQLAlchemy URL, such as postgresql+psycopg://host/name.",
-            show_default="SQLite in the data directory",
-            rich_help_panel=_STORAGE,
-        ),
-    ] = None,
-    blob_url: Annotated[
-        str | None,
-        typer.Option(
-            help="s3://, gs://, az:// or file:// URL.",
-            show_default="a folder in the data directory",
-            rich_help_panel=_STORAGE,
-        ),
-    ] = None,
-    workers: Annotated[
-        int,
-        typer.Option(
-            help="Processes that aggregate and update; 0: one less than the CPUs, 1 to 4.", rich_help_panel=_LIMITS
-        ),
-    ] = Settings.workers,
-    retry_no_task: Annotated[
-        str, typer.Option(metavar=_WINDOW, help="When no round needs the device now.", rich_help_panel=_WAITING)
-    ] = f"{Settings.retry_no_task.minimum:g}:{Settings.retry_no_task.maximum:g}",
-    retry_no_active_task: Annotated[
-        str, typer.Option(metavar=_WINDOW, help="When its population has no open task.", rich_help_panel=_WAITING)
-    ] = f"{Settings.retry_no_active_task.minimum:g}:{Settings.retry_no_active_task.maximum:g}",
-    retry_version_mismatch: Annotated[
-        str, typer.Option(metavar=_WINDOW, help="When the device's version fits no task.", rich_help_panel=_WAITING)
-    ] = f"{Settings.retry_version_mismatch.minimum:g}:{Settings.retry_version_mismatch.maximum:g}",
-    local_compute_timeout: Annotated[
-        float, typer.Option(help="Seconds that a device has to compute.", rich_help_panel=_WAITING)
-    ] = Settings.local_compute_timeout,
-    upload_timeout: Annotated[
-        float, typer.Option(help="Seconds that a device has to upload.", rich_help_panel=_WAITING)
-    ] = Settings.upload_timeout,
-    signed_url_life: Annotated[
-        float, typer.Option(help="Seconds that an upload URL is valid.", rich_help_panel=_WAITING)
-    ] = Settings.signed_url_life,
-    artifact_url_life: Annotated[
-        float, typer.Option(help="Seconds that a download URL is valid.", rich_help_panel=_WAITING)
-    ] = Settings.artifact_url_life,
-    collector_batch_size: Annotated[
-        int, typer.Option(help="Uploads that are aggregated together.", rich_help_panel=_LIMITS)
-    ] = Settings.collector_batch_size,
-    job_attempts: Annotated[
-        int, typer.Option(help="How often a failing job is tried.", rich_help_panel=_LIMITS)
-    ] = Settings.job_attempts,
-    max_upload_bytes: Annotated[
-        int, typer.Option(help="Largest upload, as it travels.", rich_help_panel=_LIMITS)
-    ] = Settings.max_upload_bytes,
-    max_checkpoint_bytes: Annotated[
-        int, typer.Option(help="Largest checkpoint or plan, uncompressed.", rich_help_panel=_LIMITS)
-    ] = Settings.max_checkpoint_bytes,
-    allow_plaintext_uploads: Annotated[
-        bool,
-        typer.Option(
-            "--allow-plaintext-uploads", help="Count updates that are not encrypted.", rich_help_panel=_LIMITS
-        ),
-    ] = Settings.allow_plaintext_uploads,
-    key_rotation: Annotated[
-        float, typer.Option(help="Seconds after which a new encryption key is made.", rich_help_panel=_LIMITS)
-    ] = Settings.key_rotation,
-    key_max_age: Annotated[
-        float, typer.Option(help="Seconds for which devices may remember a key.", rich_help_panel=_LIMITS)
-    ] = Settings.key_max_age,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error; logs go to stderr.")] = "warning",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the addresses as one line of JSON.")] = False,
-) -> None:
-    """Run a federated compute server: APIs, blobs, keys and the round engine on one port."""
-    settings = Settings(
-        data_dir=data_dir,
-        host=host,
-        port=port,
-        public_url=public_url,
-        database_url=database_url,
-        blob_url=blob_url,
-        retry_no_task=read_window("--retry-no-task", retry_no_task),
-        retry_no_active_task=read_window("--retry-no-active-task", retry_no_active_task),
-        retry_version_mismatch=read_window("--retry-version-mismatch", retry_version_mismatch),
-        signed_url_life=signed_url_life,
-        artifact_url_life=artifact_url_life,
-        local_compute_timeout=local_compute_timeout,
-        upload_timeout=upload_timeout,
-        collector_batch_size=collector_batch_size,
-        workers=workers,
-        job_attempts=job_attempts,
-        max_upload_bytes=max_upload_bytes,
-        max_checkpoint_bytes=max_checkpoint_bytes,
-        allow_plaintext_uploads=allow_plaintext_uploads,
-        key_rotation=key_rotation,
-        key_max_age=key_max_age,
-    )
-    configure_logging(log_level)
-    listener = listen(host, port)
+def server(config: Path | None, show_config: bool, as_json: bool, **flags: str | bool | list[str] | None) -> None:
+    """Run a federated compute server: APIs, blobs, keys and the round engine on one port.
+
+    Every setting is an option here, a variable FEDCOMPUTE_NAME of the environment, or a line of the settings file;
+    the first of them that sets it counts.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    configuration = configure(given, os.environ, config)
+    if show_config:
+        typer.echo(render_json(configuration) if as_json else render_toml(configuration), nl=as_json)
+        return
+    settings = configuration.settings
+    configure_logging(Logs(settings.log_level, settings.log_format))
+    listener = listen(settings.host, settings.port)
     settings = replace(settings, port=listener.getsockname()[1])
 
     import fedcompute.app
@@ -156,27 +60,41 @@ def server(
     serve(fedcompute.app.server(settings), listener, _announcement(settings, as_json=as_json))
 
 
-def read_window(option: str, text: str) -> RetryWindow:
-    """Reads `MIN:MAX` seconds, or one number for both; raises OperationFailed(SETTINGS_INVALID)."""
-    minimum, _, maximum = text.partition(":")
-    try:
-        return RetryWindow(float(minimum), float(maximum or minimum))
-    except ValueError:
-        raise OperationFailed(
-            Reason.SETTINGS_INVALID, f"{option}: {text!r} is no window of seconds", remedy="write it as 60:300"
-        ) from None
+def _options() -> list[inspect.Parameter]:
+    found = [_option(one) for one in setting_fields()]
+    for name, kind, default, info in (
+        ("config", Path | None, None, typer.Option(help="TOML file with settings.", envvar=CONFIG_VARIABLE)),
+        ("show_config", bool, False, typer.Option("--show-config", help="Print every setting with its source.")),
+        ("as_json", bool, False, typer.Option("--json", help="Print one JSON document instead of text.")),
+    ):
+        found.append(_parameter(name, kind, default, info))
+    return found
 
 
-def configure_logging(level: str) -> None:
-    """Sends log lines of `level` and above to stderr; raises OperationFailed(SETTINGS_INVALID)."""
-    if level.lower() not in ("debug", "info", "warning", "error"):
-        raise OperationFailed(
-            Reason.SETTINGS_INVALID, f"--log-level: {level!r} is no level", remedy="use debug, info, warning or error"
-        )
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    quiet_http_client()
+def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
+    facts, kind = about(field), kind_of(field.name)
+    default = facts.shown or ("" if field.default is None else kind.show(field.default))
+    options: dict[str, Any] = {
+        "help": f"{facts.help} Default: {default}." if default else facts.help,
+        "rich_help_panel": facts.panel,
+        "show_default": False,
+    }
+    if kind is kind_of("allow_plaintext_uploads"):
+        flag = flag_of(field.name)
+        return _parameter(field.name, bool | None, None, typer.Option(f"{flag}/--no-{flag[2:]}", **options))
+    annotation = list[str] | None if kind.many else str | None
+    options["metavar"] = "|".join(facts.choices) or kind.metavar
+    return _parameter(field.name, annotation, None, typer.Option(flag_of(field.name), **options))
+
+
+def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+# The program's options are read from the signature; they follow from the settings.
+server.__signature__ = inspect.Signature(_options())  # type: ignore[attr-defined]
+server.__annotations__ = {one.name: one.annotation for one in _options()}
+app.command(epilog="Example: fedcompute server --data-dir runs/digits --port 8080")(server)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -254,6 +172,7 @@ def _announcement(settings: Settings, *, as_json: bool) -> str:
                 "url": settings.base_url,
                 "key_url": settings.base_url + KEY_PATH,
                 "data_dir": str(settings.data_dir),
+                "operators_need_api_key": not opens_without_key(settings),
             }
         )
     return (
@@ -262,5 +181,17 @@ def _announcement(settings: Settings, *, as_json: bool) -> str:
         f"  devices use     {settings.base_url}\n"
         f"  public keys     {settings.base_url}{KEY_PATH}\n"
         f"  data directory  {settings.data_dir}\n"
+        f"{_for_operators(settings)}"
         f"  stop with       Ctrl-C; rounds in progress go on at the next start"
+    )
+
+
+def _for_operators(settings: Settings) -> str:
+    if opens_without_key(settings):
+        return ""
+    # The URL may hold a password.
+    where = f"--data-dir {settings.data_dir}" if settings.database_url is None else "--database-url URL"
+    return (
+        "  operators need  an API key; make one on this machine with\n"
+        f"                  fedcompute api-key create --role operator --label NAME {where}\n"
     )

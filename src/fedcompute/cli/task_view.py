@@ -57,6 +57,26 @@ def task_view(view: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def progress_lines(found: Mapping[str, Any]) -> list[str]:
+    """How far a task is, in a few lines."""
+    lines = [
+        f"{found['population']}/{found['task_id']}: {_words(found['status'])} for "
+        f"{_duration(found['seconds_in_status'])}, "
+        f"{found['rounds_completed']} of {found['rounds_total']} rounds released"
+    ]
+    for one in found["rounds"]:
+        rate = one["contributions_per_minute"]
+        pace = "" if rate is None else f", {rate:.3g} a minute"
+        lines.append(
+            f"round {one['iteration_id']}: {_words(one['status'])} for {_duration(one['seconds_in_status'])}, "
+            f"{one['contributions']} of {one['report_goal']} contributions{pace}"
+        )
+    if found["rounds_per_hour"] is not None:
+        left = "" if found["seconds_left"] is None else f"; about {_duration(found['seconds_left'])} left"
+        lines.append(f"{found['rounds_per_hour']:.3g} rounds an hour{left}")
+    return lines
+
+
 def summary(view: Mapping[str, Any]) -> dict[str, Any]:
     """What a program that watches wants to know of a moment."""
     newest = view["iterations"][-1] if view["iterations"] else None
@@ -120,6 +140,17 @@ def _table(*names: str, wrap: bool = False) -> Table:
 def _status(status: str, reason: str | None = None) -> Text:
     text = status.lower() if reason is None else f"{status.lower()} ({reason})"
     return Text(text.replace("_", " "), style=_COLOURS.get(status, ""))
+
+
+def _words(status: str) -> str:
+    return status.lower().replace("_", " ")
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def _number(value: float | None) -> str:

@@ -53,7 +53,8 @@ class Aggregator:
     `told`: client leaf below `client` -> state leaf, or a function giving a constant; `layout`: update parts in the
     order of the file; `clip_leaf`: the client leaf that holds the L2 bound of deltas; `fixed_denominator`: whether
     the mean divides by the report goal whatever arrives; `stats`: keys of the metrics it adds, below `server`;
-    `restart`: leaves of a noise state that begins anew, for mechanisms whose noise outlives a round.
+    `restart`: leaves of a noise state that begins anew, for mechanisms whose noise outlives a round; `overlaps`: whether
+    rounds may overlap, since nothing that one leaves behind decides how the next is clipped or noised.
     """
 
     layout: Layout
@@ -63,6 +64,7 @@ class Aggregator:
     restart: Callable[[Process, Tensors, NoiseSource], State] | None = None
     clip_leaf: str | None = None
     fixed_denominator: bool = False
+    overlaps: bool = False
     stats: tuple[str, ...] = ()
 
 
@@ -125,8 +127,8 @@ def event_leaves(prefix: str, noise_multiplier: float | None) -> State:
     return leaves
 
 
-UNIFORM_MEAN = Aggregator(layout=(("0", COUNT), ("1", METRIC), ("2", DELTA)), release=_uniform_mean)
-WEIGHTED_MEAN = Aggregator(layout=(("0", METRIC), ("1", DELTA), ("2", WEIGHT)), release=_weighted_mean)
+UNIFORM_MEAN = Aggregator(layout=(("0", COUNT), ("1", METRIC), ("2", DELTA)), release=_uniform_mean, overlaps=True)
+WEIGHTED_MEAN = Aggregator(layout=(("0", METRIC), ("1", DELTA), ("2", WEIGHT)), release=_weighted_mean, overlaps=True)
 FIXED_GAUSSIAN = Aggregator(
     layout=(("0", METRIC), ("1", DELTA)),
     release=_fixed_gaussian,
@@ -134,4 +136,5 @@ FIXED_GAUSSIAN = Aggregator(
     init=_fixed_gaussian_init,
     clip_leaf="client/1",
     fixed_denominator=True,
+    overlaps=True,
 )

@@ -20,7 +20,7 @@ from fedcompute.learning.aggregators import (
 )
 from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.privacy.adaptive import BIT, BIT_STEP
-from fedcompute.privacy.clipping import NORM_TOLERANCE, clip_by_global_norm, global_norm
+from fedcompute.privacy.clipping import NORM_TOLERANCE, clip_by_global_norm, clip_factor, global_norm
 from fedcompute.privacy.lattice import Lattice, lattice_for, to_lattice
 from fedcompute.tensors.partial_sum import PartialSum
 from fedcompute.tensors.tree import Tensors, spec_from_proto
@@ -100,8 +100,9 @@ def read_contribution(process: Process, update: Tensors, clip_norm: float | None
     flags = [name for name in update_leaves(process, ZEROED) if update[name]]
     if flags and norm > 0:
         raise UploadRejected(Reason.WRONG_COUNT, f"{flags[0]} is 1, but the update norm is {norm:.6g}")
-    lattice |= to_lattice(clip_by_global_norm(deltas, clip_norm), lattice_for(clip_norm))
-    lattice |= to_lattice({name: update[name].astype(np.float64) for name in bits}, Lattice(BIT_STEP))
+    size = sum(value.size for value in deltas.values())
+    lattice |= to_lattice(deltas, lattice_for(clip_norm), clip_factor(norm, size, clip_norm))
+    lattice |= to_lattice({name: update[name] for name in bits}, Lattice(BIT_STEP))
     return Contribution(lattice, real)
 
 

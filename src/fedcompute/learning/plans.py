@@ -16,12 +16,8 @@ from fedcompute.protos import learning_pb2, plan_pb2
 PLAN_BYTES_LIMIT = 512 << 20
 
 
-def read_plan(data: bytes) -> plan_pb2.Plan:
-    """Parses a server plan with its one phase.
-
-    Raises ArtifactInvalid: PLAN_MALFORMED for bytes that are none, PLAN_UNSUPPORTED for a plan that carries no
-    learning process of this version.
-    """
+def parse_plan(data: bytes) -> plan_pb2.Plan:
+    """Parses a server plan with its one phase, whatever its server half is; raises ArtifactInvalid (PLAN_MALFORMED)."""
     plan = plan_pb2.Plan()
     try:
         if len(data) > PLAN_BYTES_LIMIT:
@@ -31,6 +27,16 @@ def read_plan(data: bytes) -> plan_pb2.Plan:
         raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{len(data)} bytes are no plan") from cause
     if not plan.phase:
         raise ArtifactInvalid(Reason.PLAN_MALFORMED, "the plan has no phase")
+    return plan
+
+
+def read_plan(data: bytes) -> plan_pb2.Plan:
+    """Parses a server plan whose server half is data.
+
+    Raises ArtifactInvalid: PLAN_MALFORMED for bytes that are none, PLAN_UNSUPPORTED for a plan that carries no
+    learning process of this version.
+    """
+    plan = parse_plan(data)
     process = plan.learning_process
     if process.version != VERSION:
         raise ArtifactInvalid(

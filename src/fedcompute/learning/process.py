@@ -82,8 +82,20 @@ def client_checkpoint(process: Process, state: Tensors) -> dict[str, NDArray[np.
     }
 
 
-def round_update(process: Process, state: Tensors, total: PartialSum, noise: NoiseSource) -> RoundResult:
+def staleness_weight(staleness: int) -> float:
+    """How much the mean of a round counts whose devices started `staleness` releases before it: 1 / sqrt(1 + s).
+
+    Source: FedBuff (arXiv 2106.06639), section 5, with a round as the buffer.
+    """
+    return 1.0 / math.sqrt(1.0 + staleness)
+
+
+def round_update(
+    process: Process, state: Tensors, total: PartialSum, noise: NoiseSource, *, weight: float = 1.0
+) -> RoundResult:
     """Applies a round's sum: noise, server optimizer, metrics. The state of an evaluation stays as it was.
+
+    `weight` multiplies the mean, after its noise: what has been released may be scaled at no cost.
 
     A mean that is not finite leaves weights, optimizer and aggregator as they were and sets
     `update_non_finite` to 1; the metrics are those of the round all the same.
@@ -97,7 +109,7 @@ def round_update(process: Process, state: Tensors, total: PartialSum, noise: Noi
     if process.kind == Process.EVALUATION:
         return RoundResult(dict(state), metrics, (), metric_events)
     aggregated = aggregator_of(process).release(process, subtree(state, "server"), total, noise)
-    gradient = [aggregated.mean[name] for name in update_leaves(process, DELTA)]
+    gradient = [weight * aggregated.mean[name] for name in update_leaves(process, DELTA)]
     finite = all(np.isfinite(leaf).all() for leaf in gradient)
     new = dict(state)
     if finite:

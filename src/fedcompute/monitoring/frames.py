@@ -47,19 +47,19 @@ class MetricSeries:
 
 
 def load_metrics(
-    source: str | Path, population: str, task_id: int = 1, *, rounds: int | None = None
+    source: str | Path, population: str, task_id: int = 1, *, rounds: int | None = None, api_key: str | None = None
 ) -> dict[str, MetricSeries]:
     """Every metric of a task by name, in the order of the newest round's file.
 
     `source` is a server's URL (`http://`, `https://`), a server's data directory, a directory or bucket URL that holds
     the layout `{population}/{task}/{round}/s/0/metrics` (with or without the bucket's name repeated in front), or the
-    plain name of a Google Cloud Storage bucket. `rounds` leaves out later rounds.
+    plain name of a Google Cloud Storage bucket. `rounds` leaves out later rounds. `api_key` is for a server alone.
 
     Raises OperationFailed (NOT_FOUND if the task has no metrics there, SERVER_UNREACHABLE, STORAGE_FAILED) and
     ArtifactInvalid(METRICS_MALFORMED) for a file that is no flat JSON object of numbers.
     """
     if str(source).startswith(("http://", "https://")):
-        found = OperatorApi(str(source)).metrics(population, task_id)
+        found = OperatorApi(str(source), api_key).metrics(population, task_id)
     else:
         store, name = _open(source)
         found = dict(_stored_metrics(store, name, population, task_id))

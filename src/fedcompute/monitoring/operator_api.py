@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
@@ -11,7 +14,10 @@ from fedcompute.protos import task_pb2
 _DOCUMENT_LIMIT = 256 << 20
 _ARTIFACT_LIMIT = 1 << 30
 _ENTRIES_LIMIT = 1_000_000
+_LONGEST_PAGE = 1000
+_PAGES_LIMIT = 10_000
 _TIMEOUT = 30.0
+_KEY = re.compile(r"[\x21-\x7e]{1,256}")
 _ACTIVE = (task_pb2.TaskStatus.CREATED, task_pb2.TaskStatus.OPEN, task_pb2.TaskStatus.PAUSED)
 
 
@@ -22,17 +28,32 @@ class OperatorApi:
     the server's own reason, words and remedy where it refuses.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """`api_key` is sent with every request, and shown in no error; None for a server that asks for none.
+
+        Raises OperationFailed: URL_NOT_ALLOWED, and SETTINGS_INVALID for a text that is no key.
+        """
         if not url.startswith(("http://", "https://")):
             raise OperationFailed(
                 Reason.URL_NOT_ALLOWED, f"{url!r} is no server URL", remedy="write it as http://host:port"
             )
+        if api_key is not None and not _KEY.fullmatch(api_key):
+            raise OperationFailed(
+                Reason.SETTINGS_INVALID,
+                "the API key is no key",
+                remedy="give the one line that `api-key create` printed",
+            )
         self.url = url.rstrip("/")
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+
+    def caller(self) -> dict[str, Any]:
+        """Who this client is to the server: `actor` and `role`."""
+        return self._document("/api/v1/caller", {})
 
     def tasks(self, population: str | None = None) -> list[dict[str, Any]]:
         """Every task with its newest round, or those of one population."""
         query = {} if population is None else {"population": population}
-        return self._listed(self._document("/api/v1/tasks", query), "tasks")
+        return list(self._pages("/api/v1/tasks", query, "tasks", _LONGEST_PAGE))
 
     def task(self, population: str, task_id: int) -> dict[str, Any]:
         """One task: `task`, `iterations`, `assignments`, `rejections`, `metrics`, `ledger`, `failure`."""
@@ -93,6 +114,39 @@ class OperatorApi:
         """Takes the population's budget away; NOT_FOUND if it has none."""
         self._ask("DELETE", f"{_population_path(population)}/budget", {}, _DOCUMENT_LIMIT)
 
+    def progress(self, population: str, task_id: int) -> dict[str, Any]:
+        """How far a task is: `status`, `rounds` under way, `rounds_completed`, `rounds_per_hour`, `seconds_left`."""
+        return self._document(f"{_task_path(population, task_id)}/progress", {})
+
+    def artifacts(self, population: str, task_id: int) -> list[dict[str, Any]]:
+        """What may be downloaded: `name`, `iteration_id`, `stored_bytes`, `path` of each."""
+        return list(self._pages(f"{_task_path(population, task_id)}/artifacts", {}, "artifacts", _LONGEST_PAGE))
+
+    def clone(self, population: str, task_id: int, from_iteration: int | None = None) -> dict[str, Any]:
+        """A new task with the fields and artifacts of an old one; from round N's model with `from_iteration`."""
+        path = f"{_task_path(population, task_id)}/clone"
+        query = {} if from_iteration is None else {"from_iteration": str(from_iteration)}
+        found = self._parsed(self._ask("POST", path, query, _DOCUMENT_LIMIT)[0]).get("task")
+        if not isinstance(found, dict):
+            raise self._invalid("it holds no task")
+        return found
+
+    def audit(self, limit: int) -> list[dict[str, Any]]:
+        """The newest `limit` acts of the audit log, newest first."""
+        return list(islice(self._pages("/api/v1/audit", {}, "acts", min(limit, _LONGEST_PAGE)), limit))
+
+    def encryption_keys(self) -> list[dict[str, Any]]:
+        """The server's own encryption keys, newest first: `id`, `published`, `created`, `published_until`, `expires`."""
+        return self._listed(self._document("/api/v1/encryption-keys", {}), "encryption_keys")
+
+    def rotate_encryption_keys(self) -> dict[str, Any]:
+        """Publishes a fresh encryption key in place of all others, and returns it."""
+        answer, _ = self._ask("POST", "/api/v1/encryption-keys/rotate", {}, _DOCUMENT_LIMIT)
+        found = self._parsed(answer).get("encryption_key")
+        if not isinstance(found, dict):
+            raise self._invalid("it holds no encryption key")
+        return found
+
     def cancel(self, population: str, task_id: int) -> str:
         """Cancels a task and returns its status; a task that was over already keeps the status it had."""
         status = self._change(population, task_id, "cancel")
@@ -122,6 +176,20 @@ class OperatorApi:
 
     def _document(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         return self._parsed(self._ask("GET", path, query, _DOCUMENT_LIMIT)[0])
+
+    def _pages(self, path: str, query: dict[str, str], name: str, limit: int) -> Iterator[dict[str, Any]]:
+        query = {**query, "limit": str(limit)}
+        for _ in range(_PAGES_LIMIT):
+            document = self._document(path, query)
+            found = self._listed(document, name)
+            yield from found
+            after = document.get("next")
+            if after is None:
+                return
+            if not found or after == query.get("after"):
+                break
+            query = {**query, "after": str(after)}
+        raise self._invalid("its pages do not end")
 
     def _budget(self, document: dict[str, Any]) -> dict[str, Any] | None:
         found = document.get("budget")
@@ -153,7 +221,7 @@ class OperatorApi:
         try:
             with (
                 httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client,
-                client.stream(method, self.url + path, params=query, json=document) as answer,
+                client.stream(method, self.url + path, params=query, json=document, headers=self._headers) as answer,
             ):
                 for chunk in answer.iter_bytes():
                     body += chunk

@@ -28,9 +28,15 @@ def clip_by_global_norm(leaves: Mapping[str, NDArray[np.floating]], clip_norm: f
     order of summation. Leaves within the bound by that margin are returned as they are.
     Source: arXiv 1710.06963, section 2.2; Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
     """
-    norm = global_norm(leaves)
+    factor = clip_factor(global_norm(leaves), sum(leaf.size for leaf in leaves.values()), clip_norm)
     wide = {name: leaf.astype(np.float64) for name, leaf in leaves.items()}
-    safe = clip_norm * (1.0 - (sum(leaf.size for leaf in wide.values()) + 16) * _UNIT_ROUNDOFF)
-    if norm <= safe:
-        return wide
-    return {name: leaf * (safe / norm) for name, leaf in wide.items()}
+    return wide if factor == 1.0 else {name: leaf * factor for name, leaf in wide.items()}
+
+
+def clip_factor(norm: float, size: int, clip_norm: float) -> float:
+    """What `clip_by_global_norm` multiplies each of `size` elements by, whose `global_norm` is `norm`; 1.0 for nothing.
+
+    Formal guarantees: those of `clip_by_global_norm`, for products in float64.
+    """
+    safe = clip_norm * (1.0 - (size + 16) * _UNIT_ROUNDOFF)
+    return 1.0 if norm <= safe else safe / norm

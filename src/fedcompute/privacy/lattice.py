@@ -11,6 +11,7 @@ from fedcompute.privacy.noise import NoiseSource
 
 # Steps per clip norm, as a power of two: 2**31 contributions of at most 2**31 steps fit an int64.
 _BITS = 30
+_BLOCK = 1 << 15  # elements
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,19 @@ def lattice_for(clip_norm: float) -> Lattice:
     return Lattice(step=2.0 ** (math.floor(math.log2(clip_norm)) - _BITS))
 
 
-def to_lattice(leaves: Mapping[str, NDArray[np.float64]], lattice: Lattice) -> dict[str, NDArray[np.int64]]:
-    """Rounds each element toward zero to a multiple of the step; returns the integer multiples.
+def to_lattice(
+    leaves: Mapping[str, NDArray[np.floating]], lattice: Lattice, factor: float = 1.0
+) -> dict[str, NDArray[np.int64]]:
+    """Multiplies each element by `factor` in float64 and rounds it toward zero to a multiple of the step.
+
+    Returns the integer multiples.
 
     Formal guarantees: division by a power of two is exact and truncation never increases a magnitude, so the L2 norm
-    of the result times the step is at most the norm of `leaves`: the sum's sensitivity stays the clip norm, with no
-    rounding term to account for. The price is a bias of less than one step per element, 2**-30 of the clip norm.
+    of the result times the step is at most the norm of `factor * leaves`: the sum's sensitivity stays the clip norm,
+    with no rounding term to account for. The price is a bias of less than one step per element, 2**-30 of the clip
+    norm.
     """
-    return {name: np.trunc(leaf / lattice.step).astype(np.int64) for name, leaf in leaves.items()}
+    return {name: _multiples(leaf, lattice.step, factor) for name, leaf in leaves.items()}
 
 
 def add_noise(
@@ -57,3 +63,18 @@ def rounded_division(dividend: NDArray[np.int64], divisor: int) -> NDArray[np.in
     noise is post-processing of a noised sum.
     """
     return (dividend + divisor // 2) // divisor
+
+
+def _multiples(leaf: NDArray[np.floating], step: float, factor: float) -> NDArray[np.int64]:
+    flat = leaf.reshape(-1)
+    multiples = np.empty(flat.size, np.int64)
+    scratch = np.empty(min(flat.size, _BLOCK), np.float64)
+    # In blocks that stay in the cache; over the whole leaf each operation would go through memory.
+    for start in range(0, flat.size, _BLOCK):
+        block = flat[start : start + _BLOCK]
+        scaled = scratch[: block.size]
+        np.multiply(block, factor, out=scaled, dtype=np.float64)
+        np.divide(scaled, step, out=scaled)
+        # A conversion to integers truncates.
+        multiples[start : start + _BLOCK] = scaled
+    return multiples.reshape(leaf.shape)

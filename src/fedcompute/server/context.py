@@ -7,22 +7,28 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from starlette.requests import Request
+from anyio import CapacityLimiter
+from starlette.requests import HTTPConnection
 
+from fedcompute.crypto.sealing import Sealer
 from fedcompute.protos import plan_pb2
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
 from fedcompute.server.rounds.spending import Accounts
 from fedcompute.server.rounds.update import Preparation
+from fedcompute.server.security.authentication import Authentication
+from fedcompute.server.security.public_keys import PublicKeyList
+from fedcompute.server.security.rates import Rates
 from fedcompute.server.security.url_signing import Grant, sign_url
 from fedcompute.server.settings import Settings
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.database import Database
 from fedcompute.storage.keys import IterationKey, TaskKey
-from fedcompute.storage.paths import MODEL, client_only_plan_path, server_plan_path
+from fedcompute.storage.paths import GRADIENT, MODEL, client_only_plan_path, server_plan_path
 
 T = TypeVar("T")
 _CACHED_PLANS = 256
+_REPORT_THREADS = 16
 
 
 class Uploads:
@@ -100,20 +106,32 @@ class Context:
     blobs: BlobStore
     jobs: Jobs
     plans: Plans
+    sealer: Sealer  # of the operator secret
     url_key: bytes = field(repr=False)
     noise_key: bytes = field(repr=False)  # seals noise that outlives a round
     wake: Callable[[], None]  # asks the round engine for a pass
     is_alive: Callable[[], bool]  # whether the round engine does its work
     warm_up: Callable[[], None]  # starts the worker processes
+    rates: Rates = field(default_factory=Rates)
+    # Of their own: check-ins may have taken every other one.
+    report_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REPORT_THREADS))
+    authentication: Authentication | None = None  # None: every device is taken
+    key_list: PublicKeyList | None = None  # where an external key service holds the keys
     uploads: Uploads = field(default_factory=Uploads)
     accounts: Accounts = field(default_factory=Accounts)
     prepared: dict[IterationKey, Preparation | None] = field(default_factory=dict)  # None: could not be worked out
-    repaired: set[IterationKey] = field(default_factory=set)  # rounds whose sums were made anew, once each
+    missing: set[tuple[TaskKey, int]] = field(default_factory=set)  # checkpoints that the store has lost
 
     def signed_url(
         self, method: str, bucket: str, path: str, life: float, headers: dict[str, str] | None = None
     ) -> str:
-        """An absolute URL for one object, valid for `life` seconds; a PUT must carry `headers` as they are."""
+        """An absolute URL for one object, valid for `life` seconds; a PUT must carry `headers` as they are.
+
+        With `blob_urls` "store" devices are sent to the store itself; artifacts are still put through the server,
+        which takes none once their task is open.
+        """
+        if self.settings.blob_urls == "store" and (method == "GET" or bucket == GRADIENT):
+            return self.blobs.signed_url(method, bucket, path, life)
         expires = int(now().timestamp() + life)
         return sign_url(self.settings.base_url, self.url_key, Grant(method, bucket, path, expires, headers or {}))
 
@@ -123,7 +141,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def context_of(request: Request) -> Context:
+def context_of(request: HTTPConnection) -> Context:
     """The server that a request has reached."""
     context = request.app.state.context
     assert isinstance(context, Context)

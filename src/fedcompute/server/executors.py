@@ -15,10 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
+from fedcompute.server.logs import Logs, bound, configure_logging, current_logs, facts
 
 _LOG = logging.getLogger(__name__)
 # How long idle workers have to leave by themselves.
@@ -34,6 +36,7 @@ class _Failure:
     reason: Reason
     detail: str
     trace: str
+    remedy: str | None = None
 
 
 class Executor(Protocol):
@@ -48,6 +51,10 @@ class Executor(Protocol):
 
     def warm_up(self) -> None:
         """Starts what the first job would otherwise wait for, without blocking."""
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs are worth having here at a time, those that wait for a worker included."""
 
     def close(self) -> None:
         """Drops queued jobs, waits for none, and leaves no process behind."""
@@ -71,13 +78,18 @@ class ProcessExecutor:
     def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
         """Queues `job(argument)`; see `Executor.submit`."""
         outcome: Future[Any] = Future()
-        self._queue(outcome, job, argument, _LIVES)
+        self._queue(outcome, partial(_with_facts, facts(), job), argument, _LIVES)
         return outcome
 
     def warm_up(self) -> None:
         """Starts the worker processes and lets each import what jobs need."""
         for _ in range(self._workers):
             self.submit(_import_jobs, None)
+
+    @property
+    def capacity(self) -> int:
+        """Two for each worker: one that runs, one that is next."""
+        return 2 * self._workers
 
     def close(self) -> None:
         """Ends the pool; running jobs are cut off, which is safe because every job may run again."""
@@ -109,7 +121,10 @@ class ProcessExecutor:
                 return
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(
-                    self._workers, multiprocessing.get_context("spawn"), initializer=_enter_worker
+                    self._workers,
+                    multiprocessing.get_context("spawn"),
+                    initializer=_enter_worker,
+                    initargs=(current_logs(),),
                 )
             pool = self._pool
             # A worker that starts inherits this: Ctrl-C must not reach it before it can ignore it.
@@ -152,8 +167,8 @@ class ProcessExecutor:
             result = done.result()
             if isinstance(result, _Failure):
                 if result.reason is Reason.INTERNAL:
-                    _LOG.error("a job failed:\n%s", result.trace)
-                outcome.set_exception(OperationFailed(result.reason, result.detail))
+                    _LOG.error("a job failed", extra={"trace": result.trace})
+                outcome.set_exception(OperationFailed(result.reason, result.detail, remedy=result.remedy))
             else:
                 outcome.set_result(result)
 
@@ -162,12 +177,19 @@ def _guarded(job: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return job(argument)
     except FedComputeError as error:
-        return _Failure(error.reason, error.detail, traceback.format_exc())
+        return _Failure(error.reason, error.detail, traceback.format_exc(), error.remedy)
     except Exception as error:
         return _Failure(Reason.INTERNAL, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _enter_worker() -> None:
+def _with_facts(about: dict[str, str], job: Callable[[Any], Any], argument: Any) -> Any:
+    with bound(about):
+        return job(argument)
+
+
+def _enter_worker(logs: Logs | None) -> None:
+    if logs is not None:
+        configure_logging(logs)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A pool that is told to stop terminates its workers; the default action is what ends them at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,26 +1,19 @@
-"""Assignments: check-in, reports, time-outs and rejections of single devices (spec/server.md 2.1, 2.4, 4.3)."""
+"""Assignments: reports, time-outs and rejections of single devices (spec/server.md 2.4, 4.3)."""
 
-import hashlib
-import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select
+from sqlalchemy import ColumnElement, Row, func, select, update
 
 from fedcompute.errors import Reason
 from fedcompute.storage import schema, transitions
-from fedcompute.storage.database import Transaction, lock_population
-from fedcompute.storage.iterations import IterationRow, get_iteration, iteration_row
+from fedcompute.storage.database import Transaction
 from fedcompute.storage.keys import AssignmentKey, BatchKey, IterationKey, TaskKey
-from fedcompute.storage.schema import ACTIVE_ITERATION, STARTED_TASK, AssignmentStatus, IterationStatus, TaskStatus
-from fedcompute.storage.tasks import TaskRow, get_task
+from fedcompute.storage.schema import AssignmentStatus
 
-IDEMPOTENCY_LIFETIME = timedelta(minutes=5)
 LIST_LIMIT = 1000
-_PLACE_LIMIT = 99  # the largest status code that holds a place
 _CHUNK = 500
 
 DEVICE_FAILURES = (
@@ -30,6 +23,8 @@ DEVICE_FAILURES = (
     AssignmentStatus.LOCAL_FAILED_MODEL_COMPUTATION,
     AssignmentStatus.LOCAL_FAILED_OPS_ERROR,
 )
+# What such an assignment would have contributed can never count; every other one may have, or may yet.
+CONTRIBUTES_NOTHING = (*DEVICE_FAILURES, AssignmentStatus.LOCAL_TIMEOUT, AssignmentStatus.UPLOAD_TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -43,85 +38,8 @@ class AssignmentRow:
     correlation_id: str
     batch_id: str | None
     rejection: str | None
-
-
-class DeclineKind(StrEnum):
-    """Why a check-in got no assignment, most hopeful first (spec/server.md 2.1)."""
-
-    ITERATION_FULL = "iteration_full"
-    NOT_OPEN = "not_open"
-    VERSION_MISMATCH = "version_mismatch"
-    NOT_ACTIVE = "not_active"
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """A check-in that got a place; `repeated` if an earlier check-in with the same idempotency key had made it."""
-
-    assignment: AssignmentRow
-    iteration: IterationRow
-    task: TaskRow
-    repeated: bool = False
-
-
-@dataclass(frozen=True)
-class Declined:
-    """A check-in that got no place."""
-
-    kind: DeclineKind
-
-
-def assign(
-    tx: Transaction,
-    population: str,
-    client_version: int,
-    now: datetime,
-    *,
-    choose: Callable[[int], int],
-    idempotency_key: str | None = None,
-    correlation_id: str = "",
-) -> Assigned | Declined:
-    """One check-in: finds an iteration with a free place, takes the place and says so; needs a write transaction.
-
-    `choose(n)` draws uniformly from 0..n-1; it is called only if several iterations have room. The chance of each is
-    its task's traffic weight; weight 0 is never chosen while another weight is above 0, and all 0 are alike.
-    `idempotency_key` (any text; the caller puts owner and request key into it) makes a repetition within five minutes
-    return the first answer's assignment, as long as that is ASSIGNED and its iteration COLLECTING.
-    """
-    lock_population(tx, population)
-    key_hash = None if idempotency_key is None else _key_hash(population, idempotency_key)
-    if key_hash is not None:
-        earlier = _repeated(tx, key_hash, now)
-        if earlier is not None:
-            return earlier
-    candidates = _candidates(tx, population)
-    fitting = [
-        (iteration, weight)
-        for iteration, weight, is_open in candidates
-        if is_open and int(iteration.min_client_version) <= client_version <= int(iteration.max_client_version)
-    ]
-    free = [(iteration, weight) for iteration, weight in fitting if _has_room(tx, iteration)]
-    if not free:
-        closed = any(not is_open for _, _, is_open in candidates) or _has_paused_task(tx, population)
-        return Declined(_decline_kind(bool(candidates), closed, bool(fitting)))
-    iteration = _weighted(free, choose)
-    task = get_task(tx, iteration.key.task)
-    assert task is not None, "an iteration's foreign key is its task"
-    session_id = str(uuid.uuid4())
-    values = _iteration_values(iteration.key) | {"session_id": session_id, "correlation_id": correlation_id}
-    transitions.enter(tx, transitions.ASSIGNMENT, values, AssignmentStatus.ASSIGNED, now)
-    if key_hash is not None:
-        _remember(tx, key_hash, session_id, now)
-    assignment = AssignmentRow(
-        AssignmentKey(iteration.key, session_id), AssignmentStatus.ASSIGNED, now, now, correlation_id, None, None
-    )
-    return Assigned(assignment, iteration, task)
-
-
-def forget_idempotency(tx: Transaction, now: datetime) -> int:
-    """Deletes expired idempotency keys; returns how many."""
-    table = schema.idempotency
-    return tx.execute(delete(table).where(table.c.expires <= now)).rowcount
+    token_hash: str | None = None
+    participant: str | None = None
 
 
 def get_assignment(tx: Transaction, key: AssignmentKey) -> AssignmentRow | None:
@@ -139,6 +57,17 @@ def find_assignment(tx: Transaction, task: TaskKey, iteration_id: int, session_i
         )
     ).one_or_none()
     return None if row is None else assignment_row(row)
+
+
+def rebind_session(tx: Transaction, assignment: AssignmentRow, token_hash: str) -> bool:
+    """Binds an assignment to another token than the one in `assignment`; False if it has a third one by now."""
+    table = schema.assignment
+    statement = update(table).where(
+        schema.of_iteration(table, assignment.key.iteration),
+        table.c.session_id == assignment.key.session_id,
+        table.c.token_hash == assignment.token_hash,
+    )
+    return tx.execute(statement.values(token_hash=token_hash)).rowcount == 1
 
 
 def report_completed(tx: Transaction, key: AssignmentKey, now: datetime) -> bool:
@@ -314,98 +243,14 @@ def assignment_row(row: Row[Any]) -> AssignmentRow:
         correlation_id=row.correlation_id,
         batch_id=row.batch_id,
         rejection=row.rejection,
+        token_hash=row.token_hash,
+        participant=row.participant,
     )
 
 
 def chunks(values: Sequence[str]) -> list[Sequence[str]]:
     """`values` in pieces that fit into one statement's parameters."""
     return [values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK)]
-
-
-def _candidates(tx: Transaction, population: str) -> list[tuple[IterationRow, int, bool]]:
-    table, task = schema.iteration, schema.task
-    query = (
-        select(table, task.c.status.label("task_status"))
-        .join(task, (task.c.population_name == table.c.population_name) & (task.c.task_id == table.c.task_id))
-        .where(
-            table.c.population_name == population,
-            table.c.status.in_([int(status) for status in ACTIVE_ITERATION]),
-            task.c.status.in_([int(status) for status in STARTED_TASK]),
-        )
-        .order_by(table.c.task_id, table.c.iteration_id, table.c.attempt_id)
-    )
-    found = []
-    for row in tx.execute(query):
-        iteration = iteration_row(row)
-        is_open = iteration.status is IterationStatus.COLLECTING and row.task_status == TaskStatus.OPEN
-        found.append((iteration, iteration.info.task_info.traffic_weight, is_open))
-    return found
-
-
-def _has_paused_task(tx: Transaction, population: str) -> bool:
-    table = schema.task
-    paused = (table.c.population_name == population) & (table.c.status == int(TaskStatus.PAUSED))
-    return tx.execute(select(table.c.task_id).where(paused).limit(1)).first() is not None
-
-
-def _has_room(tx: Transaction, iteration: IterationRow) -> bool:
-    table = schema.assignment
-    query = select(func.count()).where(schema.of_iteration(table, iteration.key), table.c.status <= _PLACE_LIMIT)
-    return tx.execute(query).scalar_one() < iteration.max_aggregation_size
-
-
-def _decline_kind(any_candidate: bool, any_closed: bool, any_fitting: bool) -> DeclineKind:
-    if any_fitting:
-        return DeclineKind.ITERATION_FULL
-    if any_closed:
-        return DeclineKind.NOT_OPEN
-    return DeclineKind.VERSION_MISMATCH if any_candidate else DeclineKind.NOT_ACTIVE
-
-
-def _weighted(free: Sequence[tuple[IterationRow, int]], choose: Callable[[int], int]) -> IterationRow:
-    if len(free) == 1:
-        return free[0][0]
-    total = sum(weight for _, weight in free)
-    if total == 0:
-        return free[choose(len(free))][0]
-    drawn = choose(total)
-    for iteration, weight in free:
-        if drawn < weight:
-            return iteration
-        drawn -= weight
-    raise ValueError("choose(n) must draw from 0..n-1")
-
-
-def _key_hash(population: str, key: str) -> str:
-    return hashlib.sha256(f"{population}/{key}".encode()).hexdigest()
-
-
-def _repeated(tx: Transaction, key_hash: str, now: datetime) -> Assigned | None:
-    table, remembered = schema.assignment, schema.idempotency
-    row = tx.execute(
-        select(table)
-        .join(remembered, remembered.c.session_id == table.c.session_id)
-        .where(
-            remembered.c.key_hash == key_hash,
-            remembered.c.expires > now,
-            table.c.status == int(AssignmentStatus.ASSIGNED),
-        )
-    ).one_or_none()
-    if row is None:
-        return None
-    assignment = assignment_row(row)
-    iteration, task = get_iteration(tx, assignment.key.iteration), get_task(tx, assignment.key.task)
-    assert iteration is not None, "an assignment's foreign key is its iteration"
-    assert task is not None, "an iteration's foreign key is its task"
-    if iteration.status is not IterationStatus.COLLECTING or task.status not in STARTED_TASK:
-        return None
-    return Assigned(assignment, iteration, task, repeated=True)
-
-
-def _remember(tx: Transaction, key_hash: str, session_id: str, now: datetime) -> None:
-    table = schema.idempotency
-    tx.execute(delete(table).where(table.c.key_hash == key_hash))
-    tx.execute(insert(table).values(key_hash=key_hash, session_id=session_id, expires=now + IDEMPOTENCY_LIFETIME))
 
 
 def _move_one(
@@ -456,12 +301,3 @@ def _in_order(tx: Transaction, where: Sequence[ColumnElement[bool]], limit: int)
     table = schema.assignment
     query = select(table).where(*where).order_by(table.c.created_time, table.c.session_id).limit(limit)
     return [assignment_row(row) for row in tx.execute(query)]
-
-
-def _iteration_values(key: IterationKey) -> dict[str, Any]:
-    return {
-        "population_name": key.population,
-        "task_id": key.task_id,
-        "iteration_id": key.iteration_id,
-        "attempt_id": key.attempt_id,
-    }

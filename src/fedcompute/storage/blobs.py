@@ -5,20 +5,36 @@ directory needs no metadata beside its files. An object becomes visible whole or
 segment of the path: `{root}/{bucket}/{path}`.
 """
 
+import asyncio
+import contextlib
+import os
 import re
+import uuid
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import GCSStore, LocalStore, ObjectStore, S3Store, from_url
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 
 PATH_LIMIT = 1024
 CHUNK_BYTES = 1 << 20
+DELETE_LIMIT = 1000
+_ABORT_SECONDS = 10.0
 _PART_BYTES = 5 << 20  # the smallest part that S3 takes
+# A store that is down is told of within half a minute: whoever waits tries again by its own rules.
+_RETRY: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
+_CLIENT: "ClientConfig" = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}
+_ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP")
+_PROBE = "probe"
 _SEGMENT = re.compile(r"[A-Za-z0-9._~:@!$&'()*+,;=-]{1,255}")
 
 
@@ -42,6 +58,9 @@ class BlobStream:
 def open_blob_store(url: str) -> "BlobStore":
     """Opens a directory (a path or `file://`) or a bucket prefix (`s3://`, `gs://`, `az://`); makes the directory.
 
+    Object stores take credentials, region and endpoint from the variables of their makers (`AWS_ACCESS_KEY_ID`,
+    `AWS_REGION`, `AWS_ENDPOINT` and so on); an `http://` endpoint needs `AWS_ALLOW_HTTP=true`.
+
     Raises OperationFailed(SETTINGS_INVALID) if the URL names no supported store.
     """
     try:
@@ -49,7 +68,9 @@ def open_blob_store(url: str) -> "BlobStore":
             return BlobStore(LocalStore(prefix=Path(url).absolute(), mkdir=True))
         if url.startswith("file://"):
             return BlobStore(LocalStore.from_url(url, mkdir=True))
-        return BlobStore(from_url(url))
+        # What is set here would hide the variables.
+        allow_http = any(os.environ.get(name, "").lower() in ("true", "1", "yes") for name in _ALLOW_HTTP)
+        return BlobStore(from_url(url, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRY))
     except (BaseError, ValueError, OSError) as error:
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"the blob store cannot be opened: {type(error).__name__}"
@@ -67,6 +88,25 @@ class BlobStore:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._keeps_attributes = not isinstance(store, LocalStore)
+
+    def check_writes_once(self) -> None:
+        """Makes sure that the store creates an object only if it is absent: what a round releases rests on it.
+
+        A directory does so by itself; an object store is asked, with an object of its own that goes afterwards. Raises
+        OperationFailed: BLOB_STORE_UNSUITABLE if it overwrites, STORAGE_FAILED if it refuses or cannot be reached.
+        """
+        if isinstance(self._store, LocalStore):
+            return
+        path = uuid.uuid4().hex
+        self.put(_PROBE, path, b"1", if_absent=True)
+        try:
+            overwritten = self.put(_PROBE, path, b"2", if_absent=True) or self.get(_PROBE, path, 1) != b"1"
+        finally:
+            self.delete(_PROBE, path)
+        if overwritten:
+            raise OperationFailed(
+                Reason.BLOB_STORE_UNSUITABLE, "the blob store overwrites objects that were to be created if absent"
+            )
 
     def put(self, bucket: str, path: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Writes an object whole. With `if_absent`, False and nothing written if it exists; of two racers one wins."""
@@ -95,15 +135,24 @@ class BlobStore:
         key = _key(bucket, path)
         counted = _Counted(chunks, limit, key)
         first = await anext(counted, b"")
+        put = obstore.put_async(
+            self._store,
+            key,
+            _chain(first, counted),
+            attributes=self._attributes(first[:3]),
+            chunk_size=_PART_BYTES,
+            max_concurrency=2,
+        )
+        writing = asyncio.ensure_future(put)
         try:
-            await obstore.put_async(
-                self._store,
-                key,
-                _chain(first, counted),
-                attributes=self._attributes(first[:3]),
-                chunk_size=_PART_BYTES,
-                max_concurrency=2,
-            )
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # A write that is dropped, not ended, leaves the parts that the store has already.
+            counted.end()
+            await asyncio.wait([writing], timeout=_ABORT_SECONDS)
+            if writing.done() and not writing.cancelled():
+                writing.exception()
+            raise
         except (BaseError, OSError) as error:
             if counted.failure is error:
                 raise
@@ -184,6 +233,54 @@ class BlobStore:
             raise _failed("delete", key, error) from error
         return True
 
+    def signed_url(self, method: str, bucket: str, path: str, life: float) -> str:
+        """An absolute URL of the store's own by which anyone may GET or PUT one object for `life` seconds.
+
+        Raises OperationFailed(SETTINGS_INVALID) for a store whose URLs devices cannot use (spec/server.md 1.1).
+
+        Formal guarantees: those of the store's own signatures: the URL is good for this method and object until it
+        expires. Headers of a PUT are not signed, so nothing may rest on them: encodings are recognised by content.
+        """
+        key = _key(bucket, path)
+        if not isinstance(self._store, (S3Store, GCSStore)):
+            raise OperationFailed(Reason.SETTINGS_INVALID, "only s3:// and gs:// stores sign URLs that devices can use")
+        verb: Literal["GET", "PUT"] = "GET" if method == "GET" else "PUT"
+        try:
+            url = obstore.sign(self._store, verb, key, timedelta(seconds=life))
+        except (BaseError, OSError, ValueError) as error:
+            raise _failed("sign a URL of", key, error) from None
+        if not url.startswith(("https://", "http://localhost:")):
+            raise OperationFailed(
+                Reason.SETTINGS_INVALID, "devices accept https:// and http://localhost:<port> only, from stores too"
+            )
+        return url
+
+    def delete_folder(self, bucket: str, prefix: str, *, limit: int = DELETE_LIMIT) -> int:
+        """Deletes up to `limit` objects under the folder `prefix`, at any depth; returns how many: 0 when all are gone.
+
+        For folders that nobody writes to any more. Of a local directory the emptied folders go too.
+        """
+        key = _key(bucket, prefix)
+        paths: list[str] = []
+        try:
+            for page in obstore.list(self._store, key, chunk_size=limit):
+                paths += [meta["path"] for meta in page]
+                if len(paths) >= limit:
+                    break
+            for path in paths[:limit] if isinstance(self._store, LocalStore) else ():
+                # One by one: another remover may have been here first.
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, path)
+            if paths and not isinstance(self._store, LocalStore):
+                obstore.delete(self._store, paths[:limit])
+        except FileNotFoundError:
+            paths = []
+        except (BaseError, OSError) as error:
+            raise _failed("delete", key, error) from error
+        if isinstance(self._store, LocalStore) and self._store.prefix is not None and len(paths) < limit:
+            _remove_empty(Path(self._store.prefix) / key)
+        return len(paths[:limit])
+
     def _attributes(self, first: bytes) -> dict[str, str] | None:
         encoding = content_encoding(first)
         return {"Content-Encoding": encoding} if self._keeps_attributes and encoding else None
@@ -201,13 +298,24 @@ class _Counted:
         self._chunks = aiter(chunks)
         self._limit = limit
         self._key = key
+        self._waiting: asyncio.Task[Any] | None = None
+        self._ended = False
         self.size = 0
         self.failure: BaseException | None = None
+
+    def end(self) -> None:
+        """Breaks off: whoever waits for a chunk, or asks for one later, gets an exception."""
+        self._ended = True
+        if self._waiting is not None:
+            self._waiting.cancel()
 
     def __aiter__(self) -> "_Counted":
         return self
 
     async def __anext__(self) -> bytes:
+        if self._ended:
+            raise asyncio.CancelledError
+        self._waiting = asyncio.current_task()
         try:
             chunk = await anext(self._chunks)
             self.size += len(chunk)
@@ -218,6 +326,8 @@ class _Counted:
         except BaseException as error:
             self.failure = error
             raise
+        finally:
+            self._waiting = None
         return chunk
 
 
@@ -227,6 +337,13 @@ async def _chain(first: bytes, rest: AsyncIterable[bytes]) -> AsyncIterator[byte
     async for chunk in rest:
         if chunk:
             yield bytes(chunk)
+
+
+def _remove_empty(folder: Path) -> None:
+    for place, _, _ in os.walk(folder, topdown=False):
+        # What is not empty, or gone already, stays as it is.
+        with contextlib.suppress(OSError):
+            Path(place).rmdir()
 
 
 def _bucket(bucket: str) -> str:

@@ -1,9 +1,12 @@
 """The connection to the one relational database: SQLite by default, PostgreSQL for more than one machine."""
 
 import hashlib
+import math
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,20 +90,36 @@ class Database:
             raise
         return database
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a write transaction keeps every other one waiting, of whatever population."""
+        return self._is_sqlite
+
     @contextmanager
-    def write(self) -> Iterator[Transaction]:
+    def write(self, within: float | None = None) -> Iterator[Transaction]:
         """A transaction that may write; commits at the end, rolls back on any exception.
 
+        With `within`, it has so many seconds for its work and for waiting on locks: whoever asked has left by then.
         Raises OperationFailed(STORAGE_FAILED) if the database is unreachable, full or locked for too long, or ends
         the transaction so that others can go on; nothing is written then and the work may be done again.
         """
+        deadline = None if within is None else time.monotonic() + within
         if not self._is_sqlite:
             with self._transaction(fedcompute_write=True) as tx:
+                if deadline is not None:
+                    tx.exec_driver_sql(f"SET LOCAL lock_timeout = {_milliseconds(deadline)}")
                 yield tx
+                _check_time(deadline)
             return
         # Threads of one process queue here instead of polling SQLite's lock.
-        with self._turn, self._transaction(fedcompute_write=True) as tx:
-            yield tx
+        if not self._turn.acquire(timeout=-1 if within is None else max(0.0, within)):
+            raise _too_late()
+        try:
+            with self._transaction(fedcompute_write=True, fedcompute_deadline=deadline) as tx:
+                yield tx
+                _check_time(deadline)
+        finally:
+            self._turn.release()
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -116,6 +135,20 @@ class Database:
         """Asks the database one question, for an honest readiness answer; raises OperationFailed(STORAGE_FAILED)."""
         with self.read() as tx:
             tx.execute(text("SELECT version_num FROM alembic_version"))
+
+    def scrub(self) -> None:
+        """Rewrites an SQLite file, so that bytes which rows no longer hold are in no part of it; waits for nobody.
+
+        PostgreSQL does so by itself, in time. Raises OperationFailed(STORAGE_FAILED).
+        """
+        if not self._is_sqlite:
+            return
+        try:
+            with self._turn, closing(self._engine.raw_connection()) as connection:
+                for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                    connection.cursor().execute(statement).fetchall()
+        except sqlite3.Error as error:
+            raise OperationFailed(Reason.STORAGE_FAILED, f"the database could not be rewritten: {error}") from None
 
     def close(self) -> None:
         """Closes every idle connection."""
@@ -156,6 +189,15 @@ class Database:
                         Reason.STORAGE_FAILED, f"the database has schema {version}, this release knows {HEAD}"
                     )
             upgrade(tx)
+
+
+def _check_time(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() > deadline:
+        raise _too_late()
+
+
+def _too_late() -> OperationFailed:
+    return OperationFailed(Reason.STORAGE_FAILED, "the database was busy for longer than the request may take")
 
 
 def lock_population(tx: Transaction, population: str) -> None:
@@ -235,6 +277,14 @@ def _postgresql_engine(url: URL) -> Engine:
         ) from None
 
 
+def _milliseconds(deadline: float | None) -> int:
+    """How long a statement may wait for a lock."""
+    if deadline is None:
+        return BUSY_TIMEOUT_S * 1000
+    # Whole seconds, so that it seldom changes from one use of a connection to the next.
+    return 1000 * max(1, min(BUSY_TIMEOUT_S, math.ceil(deadline - time.monotonic())))
+
+
 def _secrets(url: URL) -> list[str]:
     found = [url.password or ""]
     for name, value in url.query.items():
@@ -255,5 +305,10 @@ def _configure_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        write = connection.get_execution_options().get("fedcompute_write", False)
+        options = connection.get_execution_options()
+        write = options.get("fedcompute_write", False)
+        patience = _milliseconds(options.get("fedcompute_deadline"))
+        if connection.info.get("busy_timeout", BUSY_TIMEOUT_S * 1000) != patience:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
+            connection.info["busy_timeout"] = patience
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

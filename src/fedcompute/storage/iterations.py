@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
-from sqlalchemy import Row, select
+from sqlalchemy import Row, func, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from fedcompute.errors import Reason
@@ -17,10 +17,10 @@ from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.releases import LedgerMoved, Standing, append_releases, record_metrics, standing_of
 from fedcompute.storage.schema import IterationStatus, TaskStatus
-from fedcompute.storage.tasks import TaskRow, complete_task
+from fedcompute.storage.tasks import TaskRow, complete_task, task_row
 
 LIST_LIMIT = 1000
-_LEVELS = {IterationStatus.COLLECTING: 0, IterationStatus.AGGREGATING: 1, IterationStatus.APPLYING: 2}
+AGGREGATION_LEVELS = {IterationStatus.COLLECTING: 0, IterationStatus.AGGREGATING: 1, IterationStatus.APPLYING: 2}
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class IterationRow:
     created: datetime
     entered: datetime
     expires: datetime | None
+    reason: str | None = None  # code of why this attempt ended without a release
 
 
 def next_iteration(
@@ -64,18 +65,21 @@ def next_iteration(
     last: IterationRow | None,
     *,
     training_iteration_id: int | None = None,
+    released: int | None = None,
     expires: datetime | None = None,
 ) -> NewIteration:
     """The iteration that follows `last` (None: the first one), as spec/server.md 5.4 derives it from the task.
 
-    An evaluation needs `training_iteration_id`, the released training iteration that it measures; training takes none.
-    Raises ValueError otherwise.
+    `released`: the round whose model the devices of a training round start from, if it is not `last`: where rounds
+    overlap. An evaluation needs `training_iteration_id`, the released training iteration that it measures; training
+    takes none. Raises ValueError otherwise.
     """
     if task.is_training == (training_iteration_id is not None):
         raise ValueError("training_iteration_id belongs to evaluation tasks, and they need it")
     last_id = 0 if last is None else last.key.iteration_id
     iteration_id = last_id + 1
-    base = last_id if task.is_training else iteration_id
+    newest = last_id if released is None else released
+    base = newest if task.is_training else iteration_id
     return NewIteration(
         key=IterationKey(task.key.population, task.key.task_id, iteration_id),
         base_iteration_id=base,
@@ -134,13 +138,78 @@ def newest_iteration(tx: Transaction, task: TaskKey) -> IterationRow | None:
 
 
 def iterations_of(
-    tx: Transaction, task: TaskKey, *, limit: int = LIST_LIMIT, newest_first: bool = False
+    tx: Transaction,
+    task: TaskKey,
+    *,
+    after: tuple[int, int] | None = None,
+    limit: int = LIST_LIMIT,
+    newest_first: bool = False,
 ) -> list[IterationRow]:
-    """A task's iterations by id and attempt, at most `limit`."""
+    """A task's iterations by id and attempt, at most `limit`; only what is later than `after`, an id and an attempt."""
     table = schema.iteration
     order = [table.c.iteration_id, table.c.attempt_id]
     ordered = [column.desc() for column in order] if newest_first else order
     query = select(table).where(schema.of_task(table, task)).order_by(*ordered).limit(limit)
+    if after is not None:
+        same = (table.c.iteration_id == after[0]) & (table.c.attempt_id > after[1])
+        query = query.where((table.c.iteration_id > after[0]) | same)
+    return [iteration_row(row) for row in tx.execute(query)]
+
+
+def active_iterations(tx: Transaction, task: TaskKey) -> list[IterationRow]:
+    """A task's rounds under way, by id."""
+    rows = list_iterations(tx, statuses=schema.ACTIVE_ITERATION, task=task)
+    return sorted(rows, key=lambda one: one.key)
+
+
+def tasks_to_advance(tx: Transaction, *, after: TaskKey | None = None, limit: int = LIST_LIMIT) -> list[TaskRow]:
+    """OPEN and PAUSED tasks without a round under way, or that may have several, by key; at most `limit` behind `after`."""
+    table, rounds = schema.task, schema.iteration
+    active = (
+        select(rounds.c.task_id)
+        .where(
+            rounds.c.population_name == table.c.population_name,
+            rounds.c.task_id == table.c.task_id,
+            rounds.c.status.in_([int(status) for status in schema.ACTIVE_ITERATION]),
+        )
+        .exists()
+    )
+    query = (
+        select(table)
+        .where(
+            table.c.status.in_([int(status) for status in schema.STARTED_TASK]),
+            or_(table.c.max_parallel > 1, ~active),
+        )
+        .order_by(table.c.population_name, table.c.task_id)
+        .limit(limit)
+    )
+    if after is not None:
+        query = query.where(tuple_(table.c.population_name, table.c.task_id) > (after.population, after.task_id))
+    return [task_row(row) for row in tx.execute(query)]
+
+
+def newest_release(tx: Transaction, task: TaskKey) -> int:
+    """The id of a task's last released round; 0 before the first."""
+    table = schema.iteration
+    done = [int(IterationStatus.COMPLETED), int(IterationStatus.POST_PROCESSED)]
+    query = select(func.max(table.c.iteration_id)).where(schema.of_task(table, task), table.c.status.in_(done))
+    return tx.execute(query).scalar() or 0
+
+
+def expired_iterations(tx: Transaction, now: datetime, *, limit: int = LIST_LIMIT) -> list[IterationRow]:
+    """Collecting rounds of OPEN tasks whose `expires` has come, at most `limit`."""
+    table, task = schema.iteration, schema.task
+    query = (
+        select(table)
+        .join(task, (task.c.population_name == table.c.population_name) & (task.c.task_id == table.c.task_id))
+        .where(
+            table.c.status == int(IterationStatus.COLLECTING),
+            table.c.expiration_time <= now,
+            task.c.status == int(TaskStatus.OPEN),
+        )
+        .order_by(table.c.expiration_time)
+        .limit(limit)
+    )
     return [iteration_row(row) for row in tx.execute(query)]
 
 
@@ -165,11 +234,24 @@ def list_iterations(
 
 
 def move_iteration(
-    tx: Transaction, key: IterationKey, from_status: IterationStatus, to_status: IterationStatus, now: datetime
+    tx: Transaction,
+    key: IterationKey,
+    from_status: IterationStatus,
+    to_status: IterationStatus,
+    now: datetime,
+    *,
+    reason: Reason | None = None,
 ) -> bool:
-    """Moves one iteration and sets the aggregation level of its new status; False if it was not in `from_status`."""
+    """Moves one iteration and sets the aggregation level of its new status; False if it was not in `from_status`.
+
+    `reason`: why it ends without a release, if it does.
+    """
     lock_population(tx, key.population)
-    changes = {"aggregation_level": _LEVELS[to_status]} if to_status in _LEVELS else {}
+    changes: dict[str, Any] = (
+        {"aggregation_level": AGGREGATION_LEVELS[to_status]} if to_status in AGGREGATION_LEVELS else {}
+    )
+    if reason is not None:
+        changes["reason"] = reason.value
     where = [schema.of_iteration(schema.iteration, key)]
     return bool(transitions.move(tx, transitions.ITERATION, where, from_status, to_status, now, **changes))
 
@@ -224,7 +306,7 @@ def end_unreleased(tx: Transaction, key: IterationKey, standing: Standing, reaso
     lock_population(tx, key.population)
     if standing_of(tx, key.population) != standing:
         raise LedgerMoved(f"the ledger or the budget of {key.population} has moved on")
-    if not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.CANCELED, now):
+    if not move_iteration(tx, key, IterationStatus.APPLYING, IterationStatus.CANCELED, now, reason=reason):
         return False
     complete_task(tx, key.task, now, reason=reason)
     return True
@@ -274,4 +356,5 @@ def iteration_row(row: Row[Any]) -> IterationRow:
         created=row.created_time,
         entered=row.status_time,
         expires=row.expiration_time,
+        reason=row.reason,
     )

@@ -64,3 +64,8 @@ def aggregate_path(task: TaskKey, result_id: int, batch_id: str, level: int = 0)
 def failure_path(task: TaskKey) -> str:
     """Why a task failed, one JSON object; bucket `model`."""
     return f"{task}/0/s/0/failure"
+
+
+def result_folder(task: TaskKey, result_id: int) -> str:
+    """The folder of everything about one round, in each bucket; that of round 0 holds the task's artifacts."""
+    return f"{task}/{result_id}"

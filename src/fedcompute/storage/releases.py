@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, text
+from sqlalchemy import Row, and_, func, insert, select, text
 
 from fedcompute.privacy.budget import Budget
 from fedcompute.privacy.chain import Entry, Release, chained
@@ -52,9 +52,12 @@ class MetricRow:
 
 
 def completed_iterations(
-    tx: Transaction, task: TaskKey, *, since: datetime | None = None, limit: int = LIST_LIMIT
+    tx: Transaction, task: TaskKey, *, since: datetime | None = None, stored: bool = False, limit: int = LIST_LIMIT
 ) -> list[CompletedIteration]:
-    """A task's released iterations by id, completed at or after `since`: the candidates of evaluation selectors."""
+    """A task's released iterations by id, completed at or after `since`: the candidates of evaluation selectors.
+
+    With `stored`, those alone whose checkpoint retention has not given up.
+    """
     history = schema.iteration_status_history
     query = (
         select(history.c.iteration_id, history.c.created_time)
@@ -64,18 +67,26 @@ def completed_iterations(
     )
     if since is not None:
         query = query.where(history.c.created_time >= since)
+    if stored:
+        table = schema.iteration
+        same = and_(*(table.c[name] == history.c[name] for name in schema.ITERATION_COLUMNS))
+        query = query.join(table, same).where(table.c.purged_time.is_(None))
     return [CompletedIteration(row.iteration_id, row.created_time) for row in tx.execute(query)]
 
 
-def metrics_of(tx: Transaction, task: TaskKey, *, limit: int = LIST_LIMIT) -> list[MetricRow]:
-    """A task's metrics by iteration, then name."""
+def metrics_of(
+    tx: Transaction, task: TaskKey, *, after: int = 0, last: int | None = None, limit: int = LIST_LIMIT
+) -> list[MetricRow]:
+    """A task's metrics by iteration, then name, at most `limit`; only of iterations behind `after`, up to `last`."""
     table = schema.model_metrics
     query = (
         select(table)
-        .where(schema.of_task(table, task))
+        .where(schema.of_task(table, task), table.c.iteration_id > after)
         .order_by(table.c.iteration_id, table.c.metric_name)
         .limit(limit)
     )
+    if last is not None:
+        query = query.where(table.c.iteration_id <= last)
     return [
         MetricRow(row.iteration_id, row.metric_name, row.metric_value, row.created_time) for row in tx.execute(query)
     ]

@@ -79,6 +79,7 @@ class IterationStatus(IntEnum):
 
 
 ACTIVE_ITERATION = (IterationStatus.COLLECTING, IterationStatus.AGGREGATING, IterationStatus.APPLYING)
+RELEASED_ITERATION = (IterationStatus.COMPLETED, IterationStatus.POST_PROCESSED)
 
 
 class AssignmentStatus(IntEnum):
@@ -240,7 +241,9 @@ iteration = Table(
     Column("min_client_version", Name(32), nullable=False),
     Column("max_client_version", Name(32), nullable=False),
     Column("reason", Name(64)),
+    # See `storage.retention`.
     Column("cleaned_time", UtcDateTime),
+    Column("purged_time", UtcDateTime),
     _child_of("task", TASK_COLUMNS),
     Index("ix_iteration_status", "status"),
     Index("ix_iteration_population_name_status", "population_name", "status"),
@@ -392,9 +395,12 @@ authorization_token = Table(
     Column("token_hash", Name(64), primary_key=True),
     Column("owner_hash", Name(64), nullable=False),
     Column("participant", Name(64)),
+    # What the token was granted for; unique, so that one proof makes one token.
+    Column("proof_hash", Name(64)),
     Column("created", UtcDateTime, nullable=False),
     Column("expires", UtcDateTime, nullable=False),
     Index("ix_authorization_token_expires", "expires"),
+    Index("uq_authorization_token_proof_hash", "proof_hash", unique=True),
 )
 
 enrolment = Table(

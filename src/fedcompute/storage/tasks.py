@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import Row, func, select
+from sqlalchemy import Row, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from fedcompute.errors import Reason, RequestRejected
@@ -20,6 +20,7 @@ from fedcompute.storage.schema import ACTIVE_ITERATION, STARTED_TASK, TO_API, It
 
 POPULATION_LIMIT = 64
 VERSION_LIMIT = 32
+PARALLEL_LIMIT = 64
 LIST_LIMIT = 1000
 _INT64 = 2**63
 # What a URL path segment may hold as it is: devices do not percent-encode.
@@ -47,6 +48,7 @@ class TaskRow:
     stopped: datetime | None
     start_no_earlier_than: datetime | None
     do_not_create_iteration_after: datetime | None
+    entered: datetime  # when its present status began
     reason: str | None = None  # code of why it ended early
 
     @property
@@ -62,7 +64,8 @@ def create_task(tx: Transaction, task: task_pb2.Task, now: datetime) -> TaskRow:
     the population already has an active (CREATED, OPEN, PAUSED) task of the same kind.
     """
     info = _info(task)
-    problems = _problems(task, info)
+    start, stop = _time(task, "start_task_no_earlier_than"), _time(task, "do_not_create_iteration_after")
+    problems = _problems(task, info) + _time_problems(start, stop, now)
     if problems:
         raise RequestRejected(Reason.TASK_INVALID, "; ".join(problems))
     kind = _kind(info)
@@ -89,8 +92,8 @@ def create_task(tx: Transaction, task: task_pb2.Task, now: datetime) -> TaskRow:
         "total_iteration": task.total_iteration,
         "min_aggregation_size": task.min_aggregation_size,
         "max_aggregation_size": task.max_aggregation_size,
-        "start_task_no_earlier_than": _time(task, "start_task_no_earlier_than"),
-        "do_not_create_iteration_after": _time(task, "do_not_create_iteration_after"),
+        "start_task_no_earlier_than": start,
+        "do_not_create_iteration_after": stop,
         "max_parallel": task.max_parallel,
         "correlation_id": task.correlation_id,
         "min_client_version": task.min_client_version,
@@ -151,8 +154,23 @@ def pause_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
 
 
 def resume_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
-    """PAUSED -> OPEN; False if the task was not PAUSED."""
-    return _move(tx, key, TaskStatus.PAUSED, TaskStatus.OPEN, now)
+    """PAUSED -> OPEN; False if the task was not PAUSED. Its rounds expire as much later as it was paused."""
+    lock_population(tx, key.population)
+    row = get_task(tx, key)
+    if row is None or not _move(tx, key, TaskStatus.PAUSED, TaskStatus.OPEN, now):
+        return False
+    table = schema.iteration
+    where = (
+        schema.of_task(table, key),
+        table.c.status.in_([int(status) for status in ACTIVE_ITERATION]),
+        table.c.expiration_time.is_not(None),
+    )
+    names = [table.c[name] for name in ("iteration_id", "attempt_id", "expiration_time")]
+    for one in tx.execute(select(*names).where(*where)).all():
+        this = (schema.of_task(table, key), table.c.iteration_id == one.iteration_id)
+        later = one.expiration_time + (now - row.entered)
+        tx.execute(update(table).where(*this, table.c.attempt_id == one.attempt_id).values(expiration_time=later))
+    return True
 
 
 def complete_task(
@@ -165,10 +183,9 @@ def complete_task(
 ) -> bool:
     """OPEN or PAUSED, or what `statuses` allows of the two, -> COMPLETED; False if the task was in none of them.
 
-    `reason`: why, if it has not run all of its rounds.
+    `reason`: why, if it has not run all of its rounds; rounds under way are CANCELED.
     """
-    changes = {"stop_time": now, "reason": _code(reason)}
-    return any(_move(tx, key, old, TaskStatus.COMPLETED, now, **changes) for old in statuses)
+    return _stop(tx, key, statuses, TaskStatus.COMPLETED, now, reason=_code(reason))
 
 
 def fail_task(tx: Transaction, key: TaskKey, now: datetime, *, reason: Reason | None = None) -> bool:
@@ -230,6 +247,7 @@ def task_row(row: Row[Any]) -> TaskRow:
         stopped=row.stop_time,
         start_no_earlier_than=row.start_task_no_earlier_than,
         do_not_create_iteration_after=row.do_not_create_iteration_after,
+        entered=row.status_time,
         reason=row.reason,
     )
 
@@ -296,8 +314,8 @@ def _problems(task: task_pb2.Task, info: task_pb2.TaskInfo) -> list[str]:
         problems.append(
             f"max_aggregation_size {task.max_aggregation_size} is below the minimum {task.min_aggregation_size}"
         )
-    if task.max_parallel < 0:
-        problems.append(f"max_parallel is {task.max_parallel}, must not be negative")
+    if not 0 <= task.max_parallel <= PARALLEL_LIMIT:
+        problems.append(f"max_parallel is {task.max_parallel}, must be between 0 and {PARALLEL_LIMIT}")
     problems += _version_problems(task)
     if info.traffic_weight < 0:
         problems.append(f"info.traffic_weight is {info.traffic_weight}, must not be negative")
@@ -307,6 +325,16 @@ def _problems(task: task_pb2.Task, info: task_pb2.TaskInfo) -> list[str]:
         case "evaluation_info":
             problems += _evaluation_problems(info.evaluation_info)
     return problems
+
+
+def _time_problems(start: datetime | None, stop: datetime | None, now: datetime) -> list[str]:
+    if stop is None:
+        return []
+    if stop <= now:
+        return ["do_not_create_iteration_after has passed already"]
+    if start is not None and stop <= start:
+        return ["do_not_create_iteration_after is not later than start_task_no_earlier_than"]
+    return []
 
 
 def _version_problems(task: task_pb2.Task) -> list[str]:

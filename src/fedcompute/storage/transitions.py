@@ -44,15 +44,17 @@ def enter(tx: Connection, machine: Machine, values: Mapping[str, Any], status: I
 
     Raises `sqlalchemy.exc.IntegrityError` if the key is taken; callers that go on afterwards use a savepoint.
     """
-    row = {
-        **values,
-        "status": int(status),
-        "status_id": machine.first_status_id,
-        "status_time": now,
-        "created_time": now,
-    }
-    tx.execute(insert(machine.table).values(row))
-    tx.execute(insert(machine.history).values(_history(machine, row)))
+    enter_all(tx, machine, [values], status, now)
+
+
+def enter_all(
+    tx: Connection, machine: Machine, values: Sequence[Mapping[str, Any]], status: IntEnum, now: datetime
+) -> None:
+    """As `enter`, for rows that all have the same columns; at least one."""
+    first = {"status": int(status), "status_id": machine.first_status_id, "status_time": now, "created_time": now}
+    rows = [{**one, **first} for one in values]
+    tx.execute(insert(machine.table), rows)
+    tx.execute(insert(machine.history), [_history(machine, row) for row in rows])
 
 
 def move(

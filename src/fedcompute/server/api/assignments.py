@@ -1,16 +1,18 @@
 """Check-in of a device (spec/server.md 1.3, 2.1)."""
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_assignments_pb2
+from fedcompute.server.api.admission import CHECK_IN_S
+from fedcompute.server.api.device_auth import authenticate_check_in
 from fedcompute.server.api.messages import ProtoResponse, read_proto
 from fedcompute.server.api.paths import split_verb
-from fedcompute.server.context import context_of
-from fedcompute.server.rounds.assign import check_in
+from fedcompute.server.rounds.check_ins import check_ins_of
+from fedcompute.server.security.authentication import Admitted
 from fedcompute.server.security.limits import MESSAGE_LIMIT
+from fedcompute.storage.check_ins import CheckIn
 
 # What devices send that do not know their version.
 _UNKNOWN_VERSION = "-1"
@@ -21,14 +23,19 @@ async def create_task_assignment(request: Request) -> ProtoResponse:
     """POST /taskassignment/v1/population/{population}:create-task-assignment."""
     population = split_verb(request.path_params["population"], "create-task-assignment")
     message = await read_proto(request, task_assignments_pb2.CreateTaskAssignmentRequest, limit=MESSAGE_LIMIT)
-    answer = await run_in_threadpool(
-        check_in,
-        context_of(request),
-        population,
-        _client_version(message),
-        idempotency_key=_idempotency_key(request),
+    version = _client_version(message)
+    admitted = await authenticate_check_in(request, population)
+    if isinstance(admitted, ProtoResponse):
+        return admitted
+    device = CheckIn(
+        population=population,
+        client_version=version,
+        idempotency_key=_idempotency_key(request, admitted),
         correlation_id=request.headers.get("odp-correlation-id", "")[:_CORRELATION_LIMIT],
+        token_hash=admitted.token_hash,
+        participant=admitted.participant,
     )
+    answer = await check_ins_of(request).answer(device, CHECK_IN_S)
     return ProtoResponse(answer, status=201 if answer.HasField("task_assignment") else 200)
 
 
@@ -40,9 +47,10 @@ def _client_version(message: task_assignments_pb2.CreateTaskAssignmentRequest) -
     return int(text)
 
 
-def _idempotency_key(request: Request) -> str | None:
+def _idempotency_key(request: Request, admitted: Admitted) -> str | None:
     key = request.headers.get("odp-idempotency-key")
-    return None if key is None else f"{request.headers.get('fcp-owner-id-digest', '')}/{key}"
+    owner = request.headers.get("fcp-owner-id-digest", "")
+    return None if key is None else f"{owner}/{admitted.token_hash or ''}/{key}"
 
 
 routes = [

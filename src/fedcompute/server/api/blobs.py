@@ -1,14 +1,15 @@
 """Objects behind signed URLs: plans and checkpoints down, updates and artifacts up (spec/server.md 2.5)."""
 
 import time
+from functools import partial
 from urllib.parse import parse_qsl
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
+from fedcompute.server.api.admission import UPLOAD_S, persistently
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.security.limits import bounded_stream, declared_length
 from fedcompute.server.security.url_signing import BLOB_PREFIX, check_url
@@ -41,14 +42,15 @@ async def put_blob(request: Request) -> Response:
     if declared_length(request) == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
     chunks = bounded_stream(request, limit)
-    if not await run_in_threadpool(_still_wanted, context, bucket, path):
+    if not await persistently(UPLOAD_S, context.report_threads, partial(_still_wanted, context, bucket, path)):
         # A repetition of an upload that has been collected: its device needs to hear that all is well.
         async for _ in chunks:
             pass
         return Response(status_code=200)
     if await context.blobs.put_stream(bucket, path, chunks, limit) == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
-    if bucket == GRADIENT:
+    # Without an engine here nobody would take it out again; the one elsewhere looks into the store.
+    if bucket == GRADIENT and context.settings.runs_engine:
         context.uploads.add(path.split("/")[4])
     context.wake()
     return Response(status_code=200)
@@ -69,7 +71,7 @@ def _granted(request: Request) -> tuple[str, str]:
     return bucket, path
 
 
-def _still_wanted(context: Context, bucket: str, path: str) -> bool:
+def _still_wanted(context: Context, bucket: str, path: str, _seconds: float) -> bool:
     """Whether a signed PUT may still write: an update until it is collected, an artifact until its task opens.
 
     Raises RequestRejected(TASK_CONFLICT) for an artifact of a task that is no longer CREATED.

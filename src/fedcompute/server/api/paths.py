@@ -1,8 +1,10 @@
 """Parts of request paths: names that may hold colons, verbs, numbers (spec/server.md 1.1)."""
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from fedcompute.errors import Reason, RequestRejected
+from fedcompute.storage.keys import TaskKey
 
 _LARGEST = 2**63 - 1
 
@@ -20,3 +22,8 @@ def number(text: str, what: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= _LARGEST):
         raise RequestRejected(Reason.MALFORMED_REQUEST, f"{what} {text[:40]!r} is not a number")
     return int(text)
+
+
+def task_key(request: Request) -> TaskKey:
+    """The task that a path names by `{population}` and `{task}`; raises RequestRejected(MALFORMED_REQUEST)."""
+    return TaskKey(str(request.path_params["population"]), number(request.path_params["task"], "task"))

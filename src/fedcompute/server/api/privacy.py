@@ -6,10 +6,10 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.privacy.ledger_document import budget_document, budget_from, ledger_document
+from fedcompute.server.api.acts import audited
 from fedcompute.server.api.paths import number
 from fedcompute.server.context import Context, context_of, now
 from fedcompute.server.security.limits import read_body
@@ -22,7 +22,7 @@ _BUDGET_LIMIT = 4096
 
 
 async def ledger(request: Request) -> JSONResponse:
-    """GET /api/v1/populations/{population}/ledger[?after=N&limit=M]: its entries in their order, its budget, its tasks.
+    """A population's ledger: its entries in their order, its budget, its tasks.
 
     Pages of at most 10,000 entries: while `next` is not null, the next page begins behind it (`?after={next}`).
     """
@@ -34,25 +34,22 @@ async def ledger(request: Request) -> JSONResponse:
 
 
 async def budget(request: Request) -> JSONResponse:
-    """GET /api/v1/populations/{population}/budget: `{"budget": null}` where nothing limits what is released."""
+    """A population's privacy budget; null where nothing limits what is released."""
     return JSONResponse({"budget": await run_in_threadpool(_budget, context_of(request), _population(request))})
 
 
 async def put_budget(request: Request) -> JSONResponse:
-    """PUT /api/v1/populations/{population}/budget: `{"epsilon": E, "delta": D, "assumption": "CLAIMED"}`.
+    """Sets a population's privacy budget: `{"epsilon": E, "delta": D, "assumption": "CLAIMED"}`.
 
     It holds from the next release on, also for what has been released already.
     """
     body = await read_body(request, _BUDGET_LIMIT)
-    return JSONResponse(
-        {"budget": await run_in_threadpool(_put_budget, context_of(request), _population(request), body)}
-    )
+    return JSONResponse({"budget": await run_in_threadpool(_put_budget, request, _population(request), body)})
 
 
 async def delete_budget(request: Request) -> Response:
-    """DELETE /api/v1/populations/{population}/budget: nothing limits the population any more; 404 if nothing did."""
-    if not await run_in_threadpool(_delete_budget, context_of(request), _population(request)):
-        raise RequestRejected(Reason.NOT_FOUND, f"population {_population(request)} has no budget")
+    """Takes a population's budget away: nothing limits it any more; 404 if nothing did."""
+    await run_in_threadpool(_delete_budget, request, _population(request))
     return JSONResponse({"budget": None})
 
 
@@ -85,25 +82,18 @@ def _budget(context: Context, population: str) -> dict[str, Any] | None:
     return None if found is None else budget_document(found)
 
 
-def _put_budget(context: Context, population: str, body: bytes) -> dict[str, Any]:
+def _put_budget(request: Request, population: str, body: bytes) -> dict[str, Any]:
     try:
         wanted = budget_from(json.loads(body))
     except (ValueError, RecursionError) as cause:
         raise RequestRejected(Reason.BUDGET_INVALID, "the body is no JSON text") from cause
-    with context.database.write() as tx:
+    with audited(request) as tx:
         set_budget(tx, population, wanted, now())
-    context.wake()
+    context_of(request).wake()
     return budget_document(wanted)
 
 
-def _delete_budget(context: Context, population: str) -> bool:
-    with context.database.write() as tx:
-        return remove_budget(tx, population)
-
-
-routes = [
-    Route("/api/v1/populations/{population}/ledger", ledger, methods=["GET"]),
-    Route("/api/v1/populations/{population}/budget", budget, methods=["GET"]),
-    Route("/api/v1/populations/{population}/budget", put_budget, methods=["PUT"]),
-    Route("/api/v1/populations/{population}/budget", delete_budget, methods=["DELETE"]),
-]
+def _delete_budget(request: Request, population: str) -> None:
+    with audited(request) as tx:
+        if not remove_budget(tx, population):
+            raise RequestRejected(Reason.NOT_FOUND, f"population {population} has no budget")

@@ -1,10 +1,14 @@
 """Result of a device's run (spec/server.md 1.4)."""
 
-from starlette.concurrency import run_in_threadpool
+import time
+from functools import partial
+
 from starlette.requests import Request
 from starlette.routing import Route
 
 from fedcompute.protos import task_assignments_pb2
+from fedcompute.server.api.admission import REPORT_S, persistently
+from fedcompute.server.api.device_auth import authenticate_report
 from fedcompute.server.api.messages import ProtoResponse, read_proto
 from fedcompute.server.api.paths import number, split_verb
 from fedcompute.server.context import context_of
@@ -21,10 +25,16 @@ async def report_result(request: Request) -> ProtoResponse:
     iteration_id = number(path["iteration"], "aggregation")
     message = await read_proto(request, task_assignments_pb2.ReportResultRequest, limit=MESSAGE_LIMIT)
     context = context_of(request)
-    if message.result == task_assignments_pb2.ReportResultRequest.COMPLETED:
-        answer = await run_in_threadpool(report_completed, context, task, iteration_id, session_id)
-        return ProtoResponse(answer)
-    await run_in_threadpool(report_failed, context, task, iteration_id, session_id, message.result)
+    deadline = time.monotonic() + REPORT_S
+    completed = message.result == task_assignments_pb2.ReportResultRequest.COMPLETED
+    admitted = await authenticate_report(request, task, iteration_id, session_id, failed=not completed)
+    if isinstance(admitted, ProtoResponse):
+        return admitted
+    session = (context, task, iteration_id, session_id)
+    left = deadline - time.monotonic()
+    if completed:
+        return ProtoResponse(await persistently(left, context.report_threads, partial(report_completed, *session)))
+    await persistently(left, context.report_threads, partial(report_failed, *session, message.result))
     return ProtoResponse(task_assignments_pb2.ReportResultResponse())
 
 

@@ -13,12 +13,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason, RequestRejected
+from fedcompute.server.api.admission import is_passing, turned_away
 from fedcompute.server.api.messages import error_response
+from fedcompute.server.context import context_of
+from fedcompute.server.logs import bound, redacted
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
-# Without authentication a session's id is its only secret.
-_SESSION = re.compile(r"\b([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b")
+_LONGEST_CORRELATION = 64
+_POPULATION = re.compile(r"/population/([^/]+?)(?::[a-z-]+)?(?=/|$)")
+_BLOB = re.compile(r"/blobs/v1/[^/]+/([^/]+)/(\d+)/")
+_TASK = re.compile(r"/tasks?/(\d+)(?=[/:]|$)")
+_API_TASK = re.compile(r"/api/v1/tasks/([^/]+)/(\d+)(?=[/:]|$)")
 _NUL = RequestRejected(Reason.MALFORMED_REQUEST, "the path or the query holds a NUL", remedy="leave it out")
 _STOPPING = OperationFailed(Reason.SERVER_STOPPING, "the server stops before the request was through")
 
@@ -38,6 +44,7 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status = 0
 
@@ -48,28 +55,55 @@ class RequestLog:
                 MutableHeaders(scope=message).append("x-request-id", request_id)
             await send(message)
 
-        try:
-            if "\0" in scope["path"] or b"%00" in scope["query_string"]:
-                # No name of ours has one, and PostgreSQL takes none in a question.
-                await error_response(_NUL)(scope, receive, send_and_note)
-            else:
-                await self._app(scope, receive, send_and_note)
-        except ClientDisconnect:
-            status = status or 499
-        except asyncio.CancelledError:
-            # Only a server that stops does that, after its grace; the device hears of it and comes again.
-            if not status:
-                await error_response(_STOPPING)(scope, receive, send_and_note)
-        except Exception:
-            path = _SESSION.sub(r"\1...", scope["path"])
-            _LOG.exception("request %s failed: %s %s", request_id, scope["method"], path)
-            if status:
-                raise
-            await internal_error(request_id)(scope, receive, send_and_note)
-        finally:
-            seconds = time.perf_counter() - started
-            path = _SESSION.sub(r"\1...", scope["path"])
-            _ACCESS.info("%s %s %s %.4fs %s", scope["method"], path, status, seconds, request_id)
+        with bound(lambda: _facts(scope, request_id)):
+            try:
+                if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                    # No name of ours has one, and PostgreSQL takes none in a question.
+                    await error_response(_NUL)(scope, receive, send_and_note)
+                else:
+                    await self._app(scope, receive, send_and_note)
+            except ClientDisconnect:
+                status = status or 499
+            except asyncio.CancelledError:
+                # Only a server that stops does that, after its grace; the device hears of it and comes again.
+                if not status:
+                    await error_response(_STOPPING)(scope, receive, send_and_note)
+            except Exception:
+                _LOG.exception("request failed: %s %s", scope["method"], _path(scope))
+                if status:
+                    raise
+                await internal_error(request_id)(scope, receive, send_and_note)
+            finally:
+                if _ACCESS.isEnabledFor(logging.INFO):
+                    _log_access(scope, status, time.perf_counter() - started)
+
+
+def _log_access(scope: Scope, status: int, seconds: float) -> None:
+    path = _path(scope)
+    fields = {"method": scope["method"], "path": path, "status": status, "seconds": round(seconds, 6)}
+    _ACCESS.info("%s %s %s %.4fs", scope["method"], path, status, seconds, extra={"fields": fields})
+
+
+def _path(scope: Scope) -> str:
+    # As it was sent, so that it holds neither spaces nor control characters; never the query, which holds signatures.
+    raw: bytes | None = scope.get("raw_path")
+    return redacted(scope["path"] if raw is None else raw.partition(b"?")[0].decode("latin-1"))
+
+
+def _facts(scope: Scope, request_id: str) -> dict[str, str]:
+    found = {"request_id": request_id}
+    for name, value in scope["headers"]:
+        if name == b"odp-correlation-id":
+            found["correlation_id"] = value[:_LONGEST_CORRELATION].decode("latin-1")
+    path = scope["path"]
+    both = _BLOB.match(path) or _API_TASK.match(path)
+    if both:
+        return found | {"population": both[1], "task": both[2]}
+    for name, pattern in (("population", _POPULATION), ("task", _TASK)):
+        one = pattern.search(path)
+        if one:
+            found[name] = one[1]
+    return found
 
 
 def internal_error(request_id: str) -> Response:
@@ -82,9 +116,11 @@ def internal_error(request_id: str) -> Response:
     return JSONResponse(document, status_code=500)
 
 
-async def render_typed_error(_: Request, error: Exception) -> Response:
-    """Exception handler for FedComputeError."""
+async def render_typed_error(request: Request, error: Exception) -> Response:
+    """Exception handler for FedComputeError; a device hears when to come back of what will pass."""
     assert isinstance(error, FedComputeError)
+    if is_passing(request.scope, error):
+        return turned_away(context_of(request).settings)
     if error.status >= 500:
         _LOG.error("%s", error)
     return error_response(error)

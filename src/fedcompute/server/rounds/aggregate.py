@@ -1,12 +1,15 @@
 """The aggregation job: one batch of uploads in, one partial sum out (spec/server.md 6.3)."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fedcompute.crypto.envelope import gzip_bytes, open_update
-from fedcompute.errors import FedComputeError, Reason, UploadRejected
+from fedcompute.crypto.aggregates import seal_aggregate
+from fedcompute.crypto.envelope import open_update
+from fedcompute.crypto.keys import PublicKey
+from fedcompute.errors import FedComputeError, OperationFailed, Reason, UploadRejected
 from fedcompute.learning.contribution import (
     Contribution,
     add,
@@ -16,12 +19,15 @@ from fedcompute.learning.contribution import (
     read_contribution,
 )
 from fedcompute.protos import learning_pb2
-from fedcompute.server.rounds.plans import read_server_plan, read_stored
+from fedcompute.server.graph_plans import plan as graph_plan
+from fedcompute.server.graph_plans.form import GraphPlan
+from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
+from fedcompute.server.security.key_service import KeyService, held_keys, key_client
 from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, open_blob_store
 from fedcompute.storage.paths import AGGREGATED, GRADIENT, MODEL
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint
 from fedcompute.tensors.partial_sum import encode
-from fedcompute.tensors.tree import spec_from_proto
+from fedcompute.tensors.tree import Tensors, spec_from_proto
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,6 +49,9 @@ class AggregateJob:
     max_checkpoint_bytes: int
     allow_plaintext: bool
     private_keys: Mapping[str, bytes] = field(repr=False)
+    key_service: KeyService | None = None  # where other private keys are
+    seal_sum: bool = False
+    seal_to: PublicKey | None = None  # without one the key service chooses
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,14 @@ class AggregateResult:
 def aggregate(job: AggregateJob) -> AggregateResult:
     """Adds the batch's uploads, in order and one at a time, and stores their partial sum.
 
-    A bad upload is left out, alone. The same uploads give the same bytes, so running twice changes nothing. Raises
-    ArtifactInvalid for a plan that cannot be read and OperationFailed for storage that fails.
+    A bad upload is left out, alone. The same uploads give the same sum, so running twice changes nothing. Raises
+    ArtifactInvalid for a plan that cannot be read and OperationFailed for storage or a key service that fails.
     """
     blobs = open_blob_store(job.blob_url)
-    plan = read_server_plan(blobs.get(MODEL, job.plan_path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
+    stored_plan = blobs.get(MODEL, job.plan_path, limit=job.max_checkpoint_bytes)
+    plan = read_server_plan(stored_plan, job.max_checkpoint_bytes)
+    if plan.has_graphs:
+        return _add_up_with_graphs(blobs, load_graphs(stored_plan, job.max_checkpoint_bytes), job)
     limit = min(job.max_checkpoint_bytes, update_bytes_limit(plan.process))
     clip_norm = _clip_norm(blobs, plan.process, job)
     total = empty_sum(plan.process, plan.digest, clip_norm)
@@ -80,8 +92,30 @@ def aggregate(job: AggregateJob) -> AggregateResult:
             total = add(total, _judge(plan.process, stored, job, limit, clip_norm))
         except UploadRejected as error:
             rejected.append(Rejected(session_id, error.reason, error.detail))
-    blobs.put(AGGREGATED, job.output_path, gzip_bytes(encode(total)))
+    blobs.put(AGGREGATED, job.output_path, seal_aggregate(encode(total), sum_key(job)))
     return AggregateResult(total.num_inputs, tuple(rejected))
+
+
+def sum_key(job: AggregateJob) -> PublicKey | None:
+    """What to encrypt the job's sum to; None: it is stored in plain. Raises OperationFailed(KEY_SERVICE_FAILED)."""
+    if not job.seal_sum or job.seal_to is not None or job.key_service is None:
+        return job.seal_to if job.seal_sum else None
+    return key_client(job.key_service).public_key()
+
+
+def _add_up_with_graphs(blobs: BlobStore, plan: GraphPlan, job: AggregateJob) -> AggregateResult:
+    limit = min(job.max_checkpoint_bytes, graph_plan.update_bytes_limit(plan))
+    paths = dict(job.uploads)
+
+    def fetch(session_id: str) -> Tensors:
+        stored = _fetch(blobs, paths[session_id], job.max_upload_bytes)
+        with _judging():
+            return _open(stored, job, limit)
+
+    total = graph_plan.add_up(plan, list(paths), fetch)
+    blobs.put(AGGREGATED, job.output_path, seal_aggregate(total.partial, sum_key(job)))
+    rejected = tuple(Rejected(one, error.reason, error.detail) for one, error in total.refused.items())
+    return AggregateResult(total.num_inputs, rejected)
 
 
 def update_bytes_limit(process: learning_pb2.LearningProcess) -> int:
@@ -111,10 +145,23 @@ def _clip_norm(blobs: BlobStore, process: learning_pb2.LearningProcess, job: Agg
 def _judge(
     process: learning_pb2.LearningProcess, stored: bytes, job: AggregateJob, limit: int, clip_norm: float | None
 ) -> Contribution:
+    with _judging():
+        return read_contribution(process, _open(stored, job, limit), clip_norm)
+
+
+def _open(stored: bytes, job: AggregateJob, limit: int) -> Tensors:
+    keys = held_keys(job.private_keys, job.key_service)
+    checkpoint = open_update(stored, keys, allow_plaintext=job.allow_plaintext, limit=limit)
+    return read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit))
+
+
+@contextlib.contextmanager
+def _judging() -> Iterator[None]:
+    """Makes of every fault of an upload its rejection."""
     try:
-        checkpoint = open_update(stored, job.private_keys, allow_plaintext=job.allow_plaintext, limit=limit)
-        return read_contribution(process, read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit)), clip_norm)
-    except UploadRejected:
+        yield
+    except (UploadRejected, OperationFailed):
+        # A key service that does not answer says nothing about the upload.
         raise
     except FedComputeError as error:
         raise UploadRejected(error.reason, error.detail) from error

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 
-from fedcompute.learning.catalogue import aggregator_of
-from fedcompute.protos import learning_pb2
+from fedcompute.crypto.keys import PublicKey
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.aggregate import AggregateJob, AggregateResult, aggregate
+from fedcompute.server.rounds.attempts import batch_failed
 from fedcompute.server.rounds.jobs import Outcome
-from fedcompute.server.rounds.schedule import fail
+from fedcompute.server.security.key_service import key_service_of
 from fedcompute.storage.assignments import (
     assignments_of_batch,
     list_assignments,
@@ -22,7 +22,6 @@ from fedcompute.storage.assignments import (
 from fedcompute.storage.batches import (
     BatchRow,
     create_batch,
-    fail_batch,
     finish_batch,
     list_batches,
     publish_batch,
@@ -30,12 +29,21 @@ from fedcompute.storage.batches import (
 )
 from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.iterations import IterationRow, get_iteration, list_iterations, move_iteration
-from fedcompute.storage.paths import GRADIENT, aggregate_path, client_checkpoint_path, server_plan_path, update_path
+from fedcompute.storage.paths import (
+    GRADIENT,
+    aggregate_path,
+    client_checkpoint_path,
+    server_plan_path,
+    update_path,
+    updates_prefix,
+)
 from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus
-from fedcompute.storage.secrets import private_keys
+from fedcompute.storage.secrets import private_keys, published_keys
 
 _LOG = logging.getLogger(__name__)
 _ROUND_LIMIT = 100_000
+_MANY = 50
+_FOLDER_LIMIT = 1_000_000
 
 
 def collect(context: Context, iteration: IterationRow) -> bool:
@@ -90,26 +98,6 @@ def run_batches(context: Context, iteration: IterationRow) -> bool:
     return changed
 
 
-def add_up_again(context: Context, iteration: IterationRow) -> bool | None:
-    """Makes the sums of a round's finished batches anew, from the uploads that counted.
-
-    None while its jobs run; then whether every sum holds again what its batch counted.
-    """
-    with context.database.read() as tx:
-        finished = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
-    outcomes = [
-        (batch, context.jobs.poll(batch.key, aggregate, partial(_job, context, iteration, batch))) for batch in finished
-    ]
-    whole = True
-    for batch, outcome in outcomes:
-        if outcome is None:
-            return None
-        whole &= outcome.error is None and outcome.result == AggregateResult(batch.accepted_size or 0, ())
-    for batch, _ in outcomes:
-        context.jobs.forget(batch.key)
-    return whole
-
-
 def time_out(context: Context) -> bool:
     """Ends assignments that took too long, in rounds of every status; True if there were any.
 
@@ -124,11 +112,10 @@ def time_out(context: Context) -> bool:
         # An aggregating round may collect again.
         unclosed = list_iterations(tx, statuses=[IterationStatus.COLLECTING, IterationStatus.AGGREGATING])
     for iteration in unclosed:
-        for session_id in _waiting(context, iteration):
-            waiting.add(session_id)
-            path = update_path(iteration.key.task, iteration.result_id, session_id)
-            if not context.uploads.among([session_id]) and context.blobs.exists(GRADIENT, path):
-                context.uploads.add(session_id)
+        sessions = _waiting(context, iteration)
+        waiting.update(sessions)
+        for session_id in _arrived(context, iteration, set(sessions) - seen):
+            context.uploads.add(session_id)
     context.uploads.discard(seen - waiting)
     stored = context.uploads.among(sorted(waiting))
     with context.database.write() as tx:
@@ -137,6 +124,15 @@ def time_out(context: Context) -> bool:
     if late or slow:
         _LOG.info("%d assignments timed out computing, %d uploading", len(slow), len(late))
     return bool(late or slow or stored)
+
+
+def _arrived(context: Context, iteration: IterationRow, session_ids: set[str]) -> set[str]:
+    """Those of the sessions whose upload lies in the store: by one look each, or at the folder where they are many."""
+    task, result_id = iteration.key.task, iteration.result_id
+    if len(session_ids) > _MANY:
+        stored = context.blobs.list(GRADIENT, updates_prefix(task, result_id), limit=_FOLDER_LIMIT)
+        return session_ids & {path.rsplit("/", 2)[1] for path in stored}
+    return {one for one in session_ids if context.blobs.exists(GRADIENT, update_path(task, result_id, one))}
 
 
 def _still(tx: Transaction, iteration: IterationRow) -> bool:
@@ -173,9 +169,7 @@ def _form_batches(context: Context, tx: Transaction, iteration: IterationRow, ca
 
 
 def _fixed_denominator(context: Context, iteration: IterationRow) -> bool:
-    process = context.plans.server_plan(iteration.key.task).process
-    training = process.kind == learning_pb2.LearningProcess.TRAINING
-    return training and aggregator_of(process).fixed_denominator
+    return context.plans.server_plan(iteration.key.task).fixed_denominator
 
 
 def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> AggregateJob:
@@ -186,7 +180,9 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
             for row in assignments_of_batch(tx, batch.key)
             if row.status is AssignmentStatus.UPLOAD_COMPLETED
         ]
-        keys = private_keys(tx, now())
+        keys = private_keys(tx, context.sealer)
+        service = key_service_of(settings)
+        own = published_keys(tx, context.sealer, now()) if settings.seals_aggregates and service is None else []
     return AggregateJob(
         blob_url=settings.blobs,
         plan_path=server_plan_path(task),
@@ -197,20 +193,15 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
         max_checkpoint_bytes=settings.max_checkpoint_bytes,
         allow_plaintext=settings.allow_plaintext_uploads,
         private_keys=keys,
+        key_service=service,
+        seal_sum=settings.seals_aggregates,
+        seal_to=PublicKey(own[0].id, own[0].public_key) if own else None,
     )
 
 
 def _record(context: Context, iteration: IterationRow, batch: BatchRow, outcome: Outcome) -> bool:
     if outcome.error is not None:
-        with context.database.write() as tx:
-            if not _still(tx, iteration):
-                return False
-            failed = fail_batch(tx, batch.key, outcome.error.reason, now())
-            if failed:
-                move_iteration(tx, iteration.key, iteration.status, IterationStatus.AGGREGATING_FAILED, now())
-        if failed:
-            fail(context, iteration.key.task, outcome.error)
-        return True
+        return batch_failed(context, iteration, batch, outcome.error)
     result: AggregateResult = outcome.result
     rejected = {one.session_id: one.reason for one in result.rejected}
     with context.database.write() as tx:

@@ -9,10 +9,13 @@ from typing import Any
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.executors import Executor
+from fedcompute.server.rounds.leases import Leases
 from fedcompute.storage.keys import BatchKey, IterationKey, TaskKey
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 10.0
+# What comes back by itself or by an operator's hand, and is waited for.
+_OUTAGES = (Reason.STORAGE_FAILED, Reason.KEY_SERVICE_FAILED)
 _LONGEST_POWER = 10
 
 
@@ -26,7 +29,17 @@ class AheadKey:
         return f"the cost of {self.iteration}"
 
 
-JobKey = BatchKey | IterationKey | AheadKey
+@dataclass(frozen=True)
+class BroadcastKey:
+    """The job that makes what the devices of a round are told, before it opens."""
+
+    iteration: IterationKey
+
+    def __str__(self) -> str:
+        return f"the client checkpoint of {self.iteration}"
+
+
+JobKey = BatchKey | IterationKey | AheadKey | BroadcastKey
 
 
 @dataclass(frozen=True)
@@ -41,24 +54,29 @@ class Outcome:
 class _Flight:
     future: Future[Any] | None
     failures: int = 0  # that count towards giving up
-    outages: int = 0  # of the storage, which do not
+    outages: int = 0  # of storage or key service, which do not
     resume: float = 0.0  # monotonic time before which a failed job is not started again
 
 
 class Jobs:
     """Runs at most one job per key at a time and repeats those that fail, a little later each time.
 
-    Storage that fails is waited for, however long: a full disk must not cost a task. Other errors are given up after
-    `attempts`.
+    Storage or a key service that fails is waited for, however long: a full disk must not cost a task. Other errors are
+    given up after `attempts`.
 
     Nothing here outlives the process: after a restart the database says which jobs are missing, and `poll` starts
-    them again. For one thread, but `on_done` is called from the executor's threads.
+    them again. An engine that shares its database takes no more at a time than its workers can do soon. For one thread,
+    but `on_done` is called from the executor's threads.
     """
 
-    def __init__(self, executor: Executor, attempts: int, on_done: Callable[[], None]) -> None:
+    def __init__(
+        self, executor: Executor, attempts: int, on_done: Callable[[], None], leases: Leases | None = None
+    ) -> None:
+        """`leases`: where other engines work on the same database; whoever has a job's lease does it."""
         self._executor = executor
         self._attempts = attempts
         self._on_done = on_done
+        self._leases = leases
         self._flights: dict[JobKey, _Flight] = {}
 
     def poll(self, key: JobKey, job: Callable[[Any], Any], argument: Callable[[], Any]) -> Outcome | None:
@@ -66,6 +84,8 @@ class Jobs:
 
         The outcome is returned again until `forget`, so a caller that fails to record it may come back.
         """
+        if not self._is_ours(key):
+            return None
         flight = self._flights.setdefault(key, _Flight(None))
         if flight.future is None:
             if time.monotonic() >= flight.resume:
@@ -77,11 +97,11 @@ class Jobs:
         error = flight.future.exception()
         if error is None:
             return Outcome(result=flight.future.result())
-        if isinstance(error, FedComputeError) and error.reason is Reason.STORAGE_FAILED:
+        if isinstance(error, FedComputeError) and error.reason in _OUTAGES:
             flight.outages += 1
             # Twice as rarely each time: an outage may last for days.
             if flight.outages & (flight.outages - 1) == 0:
-                _LOG.error("job for %s waits for the storage (attempt %d): %s", key, flight.outages, error)
+                _LOG.error("job for %s waits for what failed to come back (attempt %d): %s", key, flight.outages, error)
             self._postpone(flight, flight.outages)
             return None
         flight.failures += 1
@@ -93,14 +113,24 @@ class Jobs:
             return Outcome(error=error)
         return Outcome(error=OperationFailed(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
 
-    def _postpone(self, flight: _Flight, times: int) -> None:
-        wait = min(2.0 ** min(times - 1, _LONGEST_POWER) - 1, _LONGEST_WAIT)
-        flight.future, flight.resume = None, time.monotonic() + wait
-        self._on_done()
-
     def forget(self, key: JobKey) -> None:
         """Drops what is known about the key's job, whose outcome is recorded."""
         self._flights.pop(key, None)
+        if self._leases is not None:
+            self._leases.give(str(key))
+
+    def keep(self) -> None:
+        """Renews the leases of the jobs; one whose lease was lost is another engine's now, and forgotten here."""
+        lost = set() if self._leases is None else self._leases.keep()
+        for key in [key for key in self._flights if str(key) in lost]:
+            _LOG.warning("the job for %s took too long to report and goes to another engine", key)
+            del self._flights[key]
+
+    def hand_over(self) -> None:
+        """Leaves every job to other engines at once, where there are any; for an engine that stops."""
+        self._flights.clear()
+        if self._leases is not None:
+            self._leases.give_all()
 
     def retain(self, active: Collection[IterationKey], waiting: Collection[TaskKey] = ()) -> None:
         """Forgets the jobs of rounds that are neither in `active` nor one that a task in `waiting` may open next.
@@ -109,5 +139,17 @@ class Jobs:
         """
         for key in list(self._flights):
             iteration = key if isinstance(key, IterationKey) else key.iteration
-            if iteration not in active and not (isinstance(key, AheadKey) and iteration.task in waiting):
+            if iteration not in active and not (isinstance(key, AheadKey | BroadcastKey) and iteration.task in waiting):
                 self.forget(key)
+
+    def _is_ours(self, key: JobKey) -> bool:
+        # What a round will cost is of use to every engine that may come to apply it.
+        if self._leases is None or key in self._flights or isinstance(key, AheadKey):
+            return True
+        leased = [one for one in self._flights if not isinstance(one, AheadKey)]
+        return len(leased) < self._executor.capacity and self._leases.take(str(key))
+
+    def _postpone(self, flight: _Flight, times: int) -> None:
+        wait = min(2.0 ** min(times - 1, _LONGEST_POWER) - 1, _LONGEST_WAIT)
+        flight.future, flight.resume = None, time.monotonic() + wait
+        self._on_done()

@@ -7,9 +7,10 @@ from fedcompute.server.context import Context
 from fedcompute.server.rounds.jobs import AheadKey
 from fedcompute.server.rounds.spending import Overspent, charges, has_noise
 from fedcompute.server.rounds.update import UpdateJob, foresee, prepare
+from fedcompute.server.security.key_service import key_service_of
 from fedcompute.storage.batches import list_batches
 from fedcompute.storage.budgets import budget_of
-from fedcompute.storage.iterations import IterationRow, NewIteration
+from fedcompute.storage.iterations import IterationRow, NewIteration, active_iterations, newest_release
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.paths import (
     aggregate_path,
@@ -19,6 +20,7 @@ from fedcompute.storage.paths import (
     server_plan_path,
 )
 from fedcompute.storage.schema import BatchStatus
+from fedcompute.storage.secrets import private_keys
 from fedcompute.storage.tasks import TaskRow, get_task
 
 
@@ -29,6 +31,7 @@ def order(context: Context, iteration: IterationRow | NewIteration) -> UpdateJob
         row = get_task(tx, task)
         batches = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
         spending = context.accounts.spending(tx, task.population)
+        keys = private_keys(tx, context.sealer)
     assert row is not None, "an iteration's foreign key is its task"
     checkpoint, client_checkpoint, metrics = result_paths(iteration)
     prepared = context.prepared.get(iteration.key)
@@ -37,6 +40,7 @@ def order(context: Context, iteration: IterationRow | NewIteration) -> UpdateJob
         plan_path=server_plan_path(task),
         base_path=_base_path(row, iteration),
         sum_paths=tuple(aggregate_path(task, result_id, batch.key.batch_id) for batch in batches),
+        contributions=sum(batch.accepted_size or 0 for batch in batches),
         checkpoint_path=checkpoint,
         client_checkpoint_path=client_checkpoint,
         metrics_path=metrics,
@@ -44,16 +48,20 @@ def order(context: Context, iteration: IterationRow | NewIteration) -> UpdateJob
         key=iteration.key,
         report_goal=iteration.report_goal,
         is_last=iteration.key.iteration_id >= row.total_iteration,
+        staleness=max(0, iteration.key.iteration_id - 1 - iteration.base_on_result_id),
         spending=spending,
         prospect=None if prepared is None else prepared.prospect,
         draws=() if prepared is None else prepared.draws,
         noise_key=context.noise_key,
+        private_keys=keys,
+        key_service=key_service_of(context.settings),
     )
 
 
 def _base_path(task: TaskRow, iteration: IterationRow | NewIteration) -> str:
     if task.is_training:
-        return server_checkpoint_path(task.key, iteration.base_on_result_id)
+        # Models are released in the order of their rounds, also where the devices of one started from an older model.
+        return server_checkpoint_path(task.key, iteration.key.iteration_id - 1)
     info = task.info.evaluation_info
     training = TaskKey(info.training_population_name, info.training_task_id)
     return server_checkpoint_path(training, iteration.info.evaluation_training_iteration_id)
@@ -84,7 +92,9 @@ def outlook(context: Context, new: NewIteration) -> Outlook:
     """
     with context.database.read() as tx:
         limited = budget_of(tx, new.key.population) is not None
-    if not limited or not charges(context.plans.server_plan(new.key.task).process):
+        # A round that overlaps others is judged at its release, when they are.
+        overlaps = bool(active_iterations(tx, new.key.task))
+    if overlaps or not limited or not charges(context.plans.server_plan(new.key.task).process):
         return Outlook(known=True)
     outcome = context.jobs.poll(AheadKey(new.key), foresee, lambda: order(context, new))
     if outcome is None:
@@ -101,6 +111,11 @@ def look_ahead(context: Context, iteration: IterationRow) -> bool:
     """
     if iteration.key in context.prepared or not has_noise(context.plans.server_plan(iteration.key.task).process):
         return False
+    with context.database.read() as tx:
+        task = get_task(tx, iteration.key.task)
+        # What an overlapping round will cost depends on those before it.
+        if task is None or (task.is_training and newest_release(tx, task.key) != iteration.key.iteration_id - 1):
+            return False
     outcome = context.jobs.poll(AheadKey(iteration.key), prepare, lambda: order(context, iteration))
     if outcome is not None:
         context.prepared[iteration.key] = outcome.result

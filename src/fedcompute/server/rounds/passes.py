@@ -7,19 +7,25 @@ from functools import partial
 
 from fedcompute.errors import FedComputeError
 from fedcompute.server.context import Context, now
+from fedcompute.server.logs import bound
+from fedcompute.server.rounds.attempts import expire
 from fedcompute.server.rounds.collect import collect, finish_aggregating, time_out
 from fedcompute.server.rounds.order import forget_preparations, look_ahead
 from fedcompute.server.rounds.release import apply
 from fedcompute.server.rounds.schedule import advance, open_if_complete
-from fedcompute.storage.assignments import forget_idempotency
-from fedcompute.storage.iterations import IterationRow, list_iterations
+from fedcompute.server.security.keys import delete_old_keys
+from fedcompute.server.security.tokens import TOKEN_MEMORY
+from fedcompute.storage.check_ins import forget_idempotency
+from fedcompute.storage.iterations import IterationRow, list_iterations, tasks_to_advance
+from fedcompute.storage.leases import forget_expired_leases
 from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskStatus
-from fedcompute.storage.secrets import delete_expired_keys
-from fedcompute.storage.tasks import list_tasks
+from fedcompute.storage.tasks import LIST_LIMIT, TaskRow, list_tasks
+from fedcompute.storage.tokens import forget_tokens
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_SWEEP = 5.0
 _CLEANING = 600.0
+_ROUND_LIMIT = 100_000
 
 _STEPS: dict[IterationStatus, Callable[[Context, IterationRow], bool]] = {
     IterationStatus.COLLECTING: collect,
@@ -33,9 +39,9 @@ class Passes:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._sweep_period = min(
-            _LONGEST_SWEEP, context.settings.local_compute_timeout / 4, context.settings.upload_timeout / 4
-        )
+        settings = context.settings
+        clocks = [settings.local_compute_timeout, settings.upload_timeout, settings.round_expiry or _LONGEST_SWEEP * 4]
+        self._sweep_period = min(_LONGEST_SWEEP, *(seconds / 4 for seconds in clocks))
         self._next_sweep = 0.0
         self._next_cleaning = 0.0
         self._complaints: dict[str, str] = {}
@@ -43,18 +49,18 @@ class Passes:
     def __call__(self) -> bool:
         """Does what can be done now for every task and round; one that fails does not stop the others."""
         context = self._context
+        context.jobs.keep()
         changed = self._chores()
         with context.database.read() as tx:
-            created = list_tasks(tx, statuses=[TaskStatus.CREATED])
-            opened = list_tasks(tx, statuses=[TaskStatus.OPEN])
-            paused = list_tasks(tx, statuses=[TaskStatus.PAUSED])
+            created = _all(partial(list_tasks, tx, statuses=[TaskStatus.CREATED]))
+            idle = _all(partial(tasks_to_advance, tx))
         changed |= self._each((str(task.key), partial(open_if_complete, context, task)) for task in created)
-        changed |= self._each((str(task.key), partial(advance, context, task)) for task in [*opened, *paused])
+        changed |= self._each((str(task.key), partial(advance, context, task)) for task in idle)
         with context.database.read() as tx:
-            rounds = list_iterations(tx, statuses=ACTIVE_ITERATION)
-        context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *opened]})
+            rounds = list_iterations(tx, statuses=ACTIVE_ITERATION, limit=_ROUND_LIMIT)
+            waiting = {task.key for task in _all(partial(list_tasks, tx, statuses=[TaskStatus.PAUSED]))}
+        context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *idle]})
         forget_preparations(context, {one.key for one in rounds})
-        waiting = {task.key for task in paused}
         changed |= self._each(
             (f"the cost of {one.key}", partial(look_ahead, context, one))
             for one in rounds
@@ -67,6 +73,7 @@ class Passes:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + self._sweep_period
             changed |= self._each([("time-outs", lambda: time_out(self._context))])
+            changed |= self._each([("expiry", lambda: expire(self._context))])
         if time.monotonic() >= self._next_cleaning:
             self._next_cleaning = time.monotonic() + _CLEANING
             self._each([("cleaning", self._clean)])
@@ -75,21 +82,41 @@ class Passes:
     def _clean(self) -> bool:
         with self._context.database.write() as tx:
             forget_idempotency(tx, now())
-            delete_expired_keys(tx, now())
+            forget_tokens(tx, now() - TOKEN_MEMORY)
+            forget_expired_leases(tx, now())
+        delete_old_keys(self._context.database, now())
         return False
 
     def _each(self, steps: Iterable[tuple[str, Callable[[], bool]]]) -> bool:
         changed = False
         for name, step in steps:
             try:
-                changed |= step()
+                with bound(partial(_facts, name)):
+                    changed |= step()
             except Exception as error:
                 complaint = f"{type(error).__name__}: {error}"
                 # The pass comes again every second; the same complaint is worth one line, or one traceback.
                 if self._complaints.get(name) != complaint:
                     trace = None if isinstance(error, FedComputeError) else error
-                    _LOG.error("no progress with %s: %s", name, error, exc_info=trace)
+                    with bound(_facts(name)):
+                        _LOG.error("no progress with %s: %s", name, error, exc_info=trace)
                 self._complaints[name] = complaint
             else:
                 self._complaints.pop(name, None)
         return changed
+
+
+def _all(page: Callable[..., list[TaskRow]]) -> list[TaskRow]:
+    """Every row of a paged list: what lies behind the first page must not starve."""
+    found = page()
+    while found and len(found) % LIST_LIMIT == 0:
+        following = page(after=found[-1].key)
+        if not following:
+            break
+        found += following
+    return found
+
+
+def _facts(name: str) -> dict[str, str]:
+    parts = name.removeprefix("the cost of ").split("/")
+    return dict(zip(("population", "task", "iteration", "attempt"), parts, strict=False)) if len(parts) > 1 else {}

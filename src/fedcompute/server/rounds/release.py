@@ -3,50 +3,39 @@
 import logging
 import math
 
-from fedcompute.errors import FedComputeError, Reason
+from fedcompute.errors import Reason
 from fedcompute.server.context import Context, now
-from fedcompute.server.rounds.collect import add_up_again
+from fedcompute.server.rounds.attempts import update_failed
 from fedcompute.server.rounds.order import order, result_paths
-from fedcompute.server.rounds.schedule import fail, tell_overspent
+from fedcompute.server.rounds.schedule import expiry, tell_overspent
 from fedcompute.server.rounds.spending import Overspent
 from fedcompute.server.rounds.update import UpdateResult, update
 from fedcompute.storage.assignments import cancel_unused
 from fedcompute.storage.iterations import (
     IterationRow,
+    active_iterations,
     close_and_open_next,
     end_unreleased,
-    move_iteration,
     next_iteration,
 )
 from fedcompute.storage.paths import MODEL
 from fedcompute.storage.releases import LedgerMoved
-from fedcompute.storage.schema import IterationStatus, TaskStatus
+from fedcompute.storage.schema import TaskStatus
 from fedcompute.storage.tasks import get_task
 
 _LOG = logging.getLogger(__name__)
-_DAMAGED_SUM = (Reason.PARTIAL_SUM_MALFORMED, Reason.PARTIAL_SUM_MISMATCH)
 
 
 def apply(context: Context, iteration: IterationRow) -> bool:
-    """One look at an APPLYING iteration: starts its update job, or closes it with what the job gave; True if it did.
-
-    Sums that lie damaged in the store are made anew from their uploads, once.
-    """
+    """One look at an APPLYING iteration: starts its update job, or closes it with what the job gave; True if it did."""
+    if _has_predecessor(context, iteration):
+        return False
     outcome = context.jobs.poll(iteration.key, update, lambda: order(context, iteration))
     if outcome is None:
         return False
-    if outcome.error is not None and outcome.error.reason in _DAMAGED_SUM and iteration.key not in context.repaired:
-        again = add_up_again(context, iteration)
-        if again is None:
-            return False
-        _LOG.warning("the sums of round %s were damaged and %s", iteration.key, "are made anew" if again else "lost")
-        context.repaired.add(iteration.key)
-        if again:
-            context.jobs.forget(iteration.key)
-            return True
     try:
         if outcome.error is not None:
-            _give_up(context, iteration, outcome.error)
+            update_failed(context, iteration, outcome.error)
         elif isinstance(outcome.result, Overspent):
             _refuse(context, iteration, outcome.result)
         else:
@@ -57,13 +46,24 @@ def apply(context: Context, iteration: IterationRow) -> bool:
     return True
 
 
+def _has_predecessor(context: Context, iteration: IterationRow) -> bool:
+    """Whether an earlier round of the task is under way: models are released in the order of their rounds."""
+    with context.database.read() as tx:
+        active = active_iterations(tx, iteration.key.task)
+    return any(one.key.iteration_id < iteration.key.iteration_id for one in active)
+
+
 def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> None:
     metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
     charged = any(one.event is not None for one in result.releases)
     with context.database.write() as tx:
         task = get_task(tx, iteration.key.task)
         assert task is not None, "an iteration's foreign key is its task"
+        stopped = task.do_not_create_iteration_after is not None and now() > task.do_not_create_iteration_after
+        # Overlapping rounds open when there is no place left in those under way; the next pass looks.
+        alone = task.is_training and task.max_parallel <= 1 and not stopped
         goes_on = iteration.key.iteration_id < task.total_iteration and result.no_more is None
+        expires = expiry(context.settings, now())
         closed = close_and_open_next(
             tx,
             iteration.key,
@@ -71,7 +71,7 @@ def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> N
             releases=result.releases,
             standing=result.standing if charged else None,
             # An evaluation's next round needs a checkpoint of its own choice; the next pass makes it.
-            following=next_iteration(task, iteration) if task.is_training and goes_on else None,
+            following=next_iteration(task, iteration, expires=expires) if alone and goes_on else None,
             now=now(),
             end=None if result.no_more is None else Reason.BUDGET_SPENT,
         )
@@ -97,9 +97,3 @@ def _refuse(context: Context, iteration: IterationRow, overspent: Overspent) -> 
                 context.blobs.delete(MODEL, path)
     if ended:
         tell_overspent(context, iteration.key.task, overspent)
-
-
-def _give_up(context: Context, iteration: IterationRow, error: FedComputeError) -> None:
-    with context.database.write() as tx:
-        move_iteration(tx, iteration.key, IterationStatus.APPLYING, IterationStatus.APPLYING_FAILED, now())
-    fail(context, iteration.key.task, error)

@@ -8,22 +8,26 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcompute.crypto.aggregates import open_aggregate
 from fedcompute.crypto.envelope import gzip_bytes
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 from fedcompute.learning.contribution import clip_norm_told, empty_sum
 from fedcompute.learning.noise_state import SEALED, begin_noise, open_noise, seal_noise
 from fedcompute.learning.process import (
+    RoundResult,
     client_checkpoint,
     metrics_json,
     metrics_of_checkpoint,
     read_metrics,
     read_state,
     round_update,
+    staleness_weight,
 )
 from fedcompute.privacy.chain import Release
 from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SilentNoise, SystemNoise
 from fedcompute.protos import learning_pb2
-from fedcompute.server.rounds.plans import read_server_plan, read_stored
+from fedcompute.server.graph_plans.form import GraphPlan
+from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.rounds.spending import (
     Overspent,
     Prospect,
@@ -33,6 +37,7 @@ from fedcompute.server.rounds.spending import (
     events_of,
     prospect,
 )
+from fedcompute.server.security.key_service import KeyService, held_keys
 from fedcompute.storage.blobs import BlobMissing, BlobStore, open_blob_store
 from fedcompute.storage.keys import IterationKey
 from fedcompute.storage.paths import AGGREGATED, MODEL
@@ -53,6 +58,7 @@ class UpdateJob:
     plan_path: str
     base_path: str
     sum_paths: tuple[str, ...]
+    contributions: int  # that the sums hold, as their batches counted them
     checkpoint_path: str
     client_checkpoint_path: str
     metrics_path: str
@@ -62,8 +68,11 @@ class UpdateJob:
     is_last: bool
     spending: Spending
     noise_key: bytes = field(repr=False)
+    staleness: int = 0  # releases between the model that devices started from and the one that the round changes
     prospect: Prospect | None = None  # what is known already of what the round costs
     draws: tuple[Draw, ...] = field(default=(), repr=False)  # its noise, as far as it is drawn already
+    private_keys: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # of sums that are encrypted
+    key_service: KeyService | None = None  # where other private keys are
 
 
 @dataclass(frozen=True)
@@ -97,16 +106,20 @@ def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | O
     """
     blobs = open_blob_store(job.blob_url)
     limit = job.max_checkpoint_bytes
-    plan = read_server_plan(blobs.get(MODEL, job.plan_path, limit=limit), limit)
+    stored_plan = blobs.get(MODEL, job.plan_path, limit=limit)
+    plan = read_server_plan(stored_plan, limit)
+    if plan.has_graphs:
+        return _update_with_graphs(blobs, load_graphs(stored_plan, limit), plan.process, job)
     process = plan.process
     noise = noise or DrawnNoise(job.draws, SystemNoise())
-    total = reduce(merge, (_read_sum(blobs, path, plan.digest, limit) for path in job.sum_paths))
+    keys = held_keys(job.private_keys, job.key_service)
+    total = reduce(merge, (_read_sum(blobs, path, plan.digest, keys, limit) for path in job.sum_paths))
     this_round = Round(job.key, job.report_goal, total.num_inputs)
     ahead = _prospect(blobs, process, job, this_round)
     if ahead.refused is not None:
         return ahead.refused
     base = _base(blobs, process, job, noise)
-    result = round_update(process, base, total, noise)
+    result = round_update(process, base, total, noise, weight=staleness_weight(job.staleness))
     if events_of(process, result) != ahead.events:
         raise OperationFailed(Reason.INTERNAL, f"round {job.key} is not the one whose cost was worked out")
     metrics, state = result.metrics, result.state
@@ -126,6 +139,38 @@ def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | O
         releases=entries_of(process, this_round, result, clip_norm, ahead.epsilon),
         standing=job.spending.standing,
         contributions=total.num_inputs,
+        no_more=ahead.no_more,
+    )
+
+
+def _update_with_graphs(
+    blobs: BlobStore, graphs: GraphPlan, process: learning_pb2.LearningProcess, job: UpdateJob
+) -> UpdateResult | Overspent:
+    """`update` for a plan with server graphs: what they add in noise is theirs, and the ledger counts none of it."""
+    limit = job.max_checkpoint_bytes
+    this_round = Round(job.key, job.report_goal, job.contributions)
+    ahead = _prospect(blobs, process, job, this_round)
+    if ahead.refused is not None:
+        return ahead.refused
+    base = read_stored(blobs.get(MODEL, job.base_path, limit=limit), limit)
+    keys = held_keys(job.private_keys, job.key_service)
+    partials = (_read_stored_sum(blobs, path, keys, limit) for path in job.sum_paths)
+    applied = graphs.apply(base, partials, job.contributions)
+    metrics = applied.metrics
+    if process.kind == learning_pb2.LearningProcess.TRAINING:
+        released = applied.checkpoint
+        if not blobs.put(MODEL, job.checkpoint_path, gzip_bytes(released), if_absent=True):
+            released = read_stored(blobs.get(MODEL, job.checkpoint_path, limit=limit), limit)
+            metrics = graphs.metrics_of(released)
+        blobs.put(MODEL, job.client_checkpoint_path, gzip_bytes(graphs.client_checkpoint(released)))
+        blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
+    elif not blobs.put(MODEL, job.metrics_path, metrics_json(metrics), if_absent=True):
+        metrics = read_metrics(blobs.get(MODEL, job.metrics_path, limit=limit))
+    return UpdateResult(
+        metrics=dict(metrics),
+        releases=entries_of(process, this_round, RoundResult({}, metrics, ()), None, ahead.epsilon),
+        standing=job.spending.standing,
+        contributions=job.contributions,
         no_more=ahead.no_more,
     )
 
@@ -198,13 +243,17 @@ def _read_leaves(blobs: BlobStore, job: UpdateJob, path: str) -> Tensors:
     return read_checkpoint_object(blobs.get(MODEL, path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
 
 
-def _read_sum(blobs: BlobStore, path: str, digest: bytes, limit: int) -> PartialSum:
-    try:
-        # int64 or float64 leaves: at most twice the size of the float32 update.
-        stored = read_stored(blobs.get(AGGREGATED, path, limit=4 * limit), 4 * limit)
-    except (BlobMissing, ArtifactInvalid) as error:
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"a partial sum is gone or damaged: {error}") from error
-    total = decode(stored)
+def _read_sum(blobs: BlobStore, path: str, digest: bytes, keys: Mapping[str, bytes], limit: int) -> PartialSum:
+    total = decode(_read_stored_sum(blobs, path, keys, limit))
     if total.plan_digest != digest:
         raise ArtifactInvalid(Reason.PARTIAL_SUM_MISMATCH, "the partial sum belongs to another plan")
     return total
+
+
+def _read_stored_sum(blobs: BlobStore, path: str, keys: Mapping[str, bytes], limit: int) -> bytes:
+    # int64 or float64 leaves: at most twice the size of the float32 update; encryption adds a third.
+    try:
+        stored = blobs.get(AGGREGATED, path, limit=4 * limit)
+    except BlobMissing as error:
+        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"a partial sum is gone: {error}") from error
+    return open_aggregate(stored, keys, limit=4 * limit)

@@ -15,6 +15,7 @@ depends_on = None
 def upgrade() -> None:
     op.add_column("iteration", sa.Column("reason", _name(64), nullable=True))
     op.add_column("iteration", sa.Column("cleaned_time", _time(), nullable=True))
+    op.add_column("iteration", sa.Column("purged_time", _time(), nullable=True))
     op.add_column("assignment", sa.Column("token_hash", _name(64), nullable=True))
     op.add_column("assignment", sa.Column("participant", _name(64), nullable=True))
     op.create_index("ix_assignment_participant", "assignment", ["participant", "population_name", "task_id"])
@@ -25,11 +26,13 @@ def upgrade() -> None:
         sa.Column("token_hash", _name(64), nullable=False),
         sa.Column("owner_hash", _name(64), nullable=False),
         sa.Column("participant", _name(64), nullable=True),
+        sa.Column("proof_hash", _name(64), nullable=True),
         sa.Column("created", _time(), nullable=False),
         sa.Column("expires", _time(), nullable=False),
         sa.PrimaryKeyConstraint("token_hash", name=op.f("pk_authorization_token")),
     )
     op.create_index("ix_authorization_token_expires", "authorization_token", ["expires"])
+    op.create_index("uq_authorization_token_proof_hash", "authorization_token", ["proof_hash"], unique=True)
     op.create_table(
         "enrolment",
         sa.Column("id", _name(64), nullable=False),

@@ -1,0 +1,122 @@
+"""The door to everything that is not a device's: who may pass, with which role, and what the audit log keeps of it."""
+
+import logging
+import time
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fedcompute.errors import FedComputeError, Reason, RequestRejected
+from fedcompute.server.api.acts import act_of
+from fedcompute.server.api.messages import error_response
+from fedcompute.server.api.operations import Operation, operation_of
+from fedcompute.server.context import context_of, now
+from fedcompute.server.security.operators import Caller, identify
+from fedcompute.storage.api_keys import Role
+from fedcompute.storage.audit import record
+
+_LOG = logging.getLogger(__name__)
+# What devices and orchestrators call; everything else is an operator's, also what nobody has thought of.
+OPEN_PATHS = ("/taskassignment/", "/blobs/", "/.well-known/", "/ready", "/healthz")
+_CHALLENGES = {
+    Reason.API_KEY_MISSING: 'Bearer realm="fedcompute"',
+    Reason.API_KEY_INVALID: 'Bearer realm="fedcompute", error="invalid_token"',
+    Reason.ROLE_INSUFFICIENT: 'Bearer realm="fedcompute", error="insufficient_scope"',
+}
+# Refusals that are written down in a minute; beyond that a stranger could fill the disk. The access log has them all.
+_REFUSALS_PER_MINUTE = 60
+
+
+class Guard:
+    """ASGI middleware: a management route is reached only by who may call it, and every change leaves a trace.
+
+    The endpoint writes the row of a change that succeeds in the change's own transaction (see `audited`); rows of
+    changes that fail, and of callers that are refused, are written here, between the decision and the answer.
+
+    Formal guarantees: a request whose path does not begin with one of OPEN_PATHS reaches an endpoint only if `identify`
+    names its caller and the caller's role covers the operation's; a path without an operation needs the highest role.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._refusals = _Allowance(_REFUSALS_PER_MINUTE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})
+        operation = operation_of(scope)
+        request = HTTPConnection(scope)
+        request.state.action = "unknown" if operation is None else operation.name
+        request.state.success = 200 if operation is None else operation.status
+        request.state.default_subject = "/".join(str(value) for value in scope.get("path_params", {}).values())
+        kept = operation is not None and operation.changes
+
+        async def send_and_keep(message: Message) -> None:
+            # Before the caller hears of it.
+            if message["type"] == "http.response.start":
+                await keep(message["status"])
+            await send(message)
+
+        async def keep(status: int) -> None:
+            if kept and not getattr(request.state, "recorded", False):
+                request.state.recorded = True
+                await run_in_threadpool(_record, request, status)
+
+        try:
+            await _admit(request, scope["method"], operation)
+        except FedComputeError as error:
+            kept = operation is not None and isinstance(error, RequestRejected) and self._refusals.take()
+            answer = error_response(error)
+            if error.reason in _CHALLENGES:
+                answer.headers["www-authenticate"] = _CHALLENGES[error.reason]
+            await answer(scope, receive, send_and_keep)
+            return
+        try:
+            await self._app(scope, receive, send_and_keep)
+        except Exception:
+            await keep(500)
+            raise
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is a device's or an orchestrator's, so that no key is asked for."""
+    return any(path.startswith(one) if one.endswith("/") else path == one for one in OPEN_PATHS)
+
+
+async def _admit(request: HTTPConnection, method: str, operation: Operation | None) -> None:
+    context = context_of(request)
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    caller: Caller = await run_in_threadpool(identify, context.database, context.settings, method, headers, now())
+    request.state.caller = caller
+    needed = Role.OPERATOR if operation is None else operation.role
+    if needed is not None and not caller.role.covers(needed):
+        raise RequestRejected(
+            Reason.ROLE_INSUFFICIENT, f"this needs the role {needed.value}, and the key has {caller.role.value}"
+        )
+
+
+def _record(request: HTTPConnection, status: int) -> None:
+    try:
+        with context_of(request).database.write() as tx:
+            record(tx, act_of(request, status), now())
+    except FedComputeError as error:
+        _LOG.error("request %s is not in the audit log: %s", request.state.request_id, error)
+
+
+class _Allowance:
+    """So many a minute, in minutes of the clock."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._minute = 0
+        self._taken = 0
+
+    def take(self) -> bool:
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._taken = minute, 0
+        self._taken += 1
+        return self._taken <= self._most

@@ -1,0 +1,87 @@
+"""Rounds that did not come to an end: tried again with what their devices gave, or given up (spec/server.md 4.2)."""
+
+import logging
+
+from fedcompute.errors import FedComputeError, OperationFailed, Reason
+from fedcompute.server.context import Context, now
+from fedcompute.server.rounds.schedule import expiry, fail
+from fedcompute.storage.attempts import open_attempt
+from fedcompute.storage.batches import BatchRow, fail_batch, get_batch, list_batches
+from fedcompute.storage.database import lock_population
+from fedcompute.storage.iterations import IterationRow, expired_iterations, move_iteration
+from fedcompute.storage.schema import BatchStatus, IterationStatus
+
+_LOG = logging.getLogger(__name__)
+_DAMAGED_SUM = (Reason.PARTIAL_SUM_MALFORMED, Reason.PARTIAL_SUM_MISMATCH)
+
+
+def expire(context: Context) -> bool:
+    """Tries every collecting round anew whose time is over, those of paused tasks excepted; True if there were any."""
+    with context.database.read() as tx:
+        late = expired_iterations(tx, now())
+    for iteration in late:
+        age = (now() - iteration.created).total_seconds()
+        error = OperationFailed(Reason.ROUND_EXPIRED, f"round {iteration.key} collected for {age:.0f} s")
+        _again(context, iteration, error, IterationStatus.CANCELED, IterationStatus.COLLECTING, [])
+    return bool(late)
+
+
+def batch_failed(context: Context, iteration: IterationRow, batch: BatchRow, error: FedComputeError) -> bool:
+    """Tries a round anew of which one batch cannot be added up; False if the round or the batch has moved on."""
+    return _again(context, iteration, error, IterationStatus.AGGREGATING_FAILED, IterationStatus.COLLECTING, [batch])
+
+
+def update_failed(context: Context, iteration: IterationRow, error: FedComputeError) -> bool:
+    """Repeats the update of a round; adds up all of its uploads anew first, if its sums were damaged.
+
+    Formal guarantees: noise that was drawn for the round and not used up is used by the repetition, and what the failed
+    one stored is kept (`update`), so that a round has one noised result however often it is tried.
+    """
+    ended = IterationStatus.APPLYING_FAILED
+    if error.reason not in _DAMAGED_SUM:
+        return _again(context, iteration, error, ended, IterationStatus.APPLYING, [])
+    with context.database.read() as tx:
+        batches = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
+    return _again(context, iteration, error, ended, IterationStatus.COLLECTING, batches)
+
+
+def _again(
+    context: Context,
+    iteration: IterationRow,
+    error: FedComputeError,
+    ended: IterationStatus,
+    into: IterationStatus,
+    damaged: list[BatchRow],
+) -> bool:
+    key, last = iteration.key, iteration.key.attempt_id + 1 >= context.settings.round_attempts
+    with context.database.write() as tx:
+        lock_population(tx, key.population)
+        for batch in damaged:
+            present = get_batch(tx, batch.key)
+            if present is None or present.status is not batch.status:
+                return False
+        if last:
+            moved = move_iteration(tx, key, iteration.status, ended, now(), reason=error.reason)
+            for batch in damaged if moved else []:
+                fail_batch(tx, batch.key, error.reason, now())
+            new = None
+        else:
+            new = open_attempt(
+                tx,
+                key,
+                old=iteration.status,
+                ended=ended,
+                into=into,
+                reason=error.reason,
+                now=now(),
+                expires=expiry(context.settings, now()) if into is IterationStatus.COLLECTING else None,
+                dissolve=[batch.key.batch_id for batch in damaged],
+            )
+            moved = new is not None
+    if moved and last:
+        fail(context, key.task, error)
+    elif new is not None:
+        _LOG.warning("round %s is tried again, attempt %d: %s", key, new.attempt_id + 1, error)
+        if key in context.prepared:
+            context.prepared[new] = context.prepared.pop(key)
+    return moved

@@ -1,0 +1,112 @@
+"""Who calls a management route: the holder of an API key, or this machine itself where no key is asked for.
+
+Without a key a route is open only to a program on this machine that speaks to a server which listens on this machine's
+own address alone. A browser is such a program too, and so is a proxy; neither may lend that trust to strangers:
+
+- a Host header that names another machine means a proxy, or a web page whose name was pointed here (DNS rebinding);
+- a header that proxies add means that the caller is somebody else;
+- a change whose Origin is another page was not asked for by who sits at the browser.
+
+Headers can therefore only take trust away. None gives it.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from fedcompute.errors import Reason, RequestRejected
+from fedcompute.server.settings import Settings
+from fedcompute.storage.api_keys import Role, verify_api_key
+from fedcompute.storage.database import Database
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+KEY_HEADER = "x-api-key"
+_KEY_LIMIT = 256
+_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_NEED_KEY = "management routes need an API key"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as the audit log names it, and what it may do."""
+
+    actor: str
+    role: Role
+
+
+LOOPBACK = Caller("loopback", Role.OPERATOR)
+
+
+def presented_key(headers: Mapping[str, str]) -> str | None:
+    """The API key that a request shows: `X-Api-Key`, else `Authorization: Bearer`; None if it shows none.
+
+    The first one wins, so that a bearer token for a gateway in front of the server may travel beside a key. Raises
+    RequestRejected(API_KEY_INVALID) for an Authorization header of another kind.
+    """
+    if (own := headers.get(KEY_HEADER)) is not None:
+        return own.strip()[:_KEY_LIMIT]
+    header = headers.get("authorization")
+    if header is None:
+        return None
+    scheme, _, text = header.strip().partition(" ")
+    if scheme.lower() != "bearer":
+        raise RequestRejected(Reason.API_KEY_INVALID, "the Authorization header is no bearer token")
+    return text.strip()[:_KEY_LIMIT]
+
+
+def identify(database: Database, settings: Settings, method: str, headers: Mapping[str, str], now: datetime) -> Caller:
+    """Who makes a request; blocks for one look-up if it shows a key.
+
+    Raises RequestRejected: API_KEY_MISSING, API_KEY_INVALID (a wrong key is refused also where none is needed) and
+    FOREIGN_ORIGIN.
+
+    Formal guarantees: a caller without a live key of this server is either refused or LOOPBACK; it is LOOPBACK only if
+    the server listens on a loopback address alone, does not demand keys, and no header speaks against it.
+    """
+    text = presented_key(headers)
+    if text is not None:
+        with database.read() as tx:
+            key = verify_api_key(tx, text, now)
+        return Caller(f"{key.id} ({key.label})", key.role)
+    if not opens_without_key(settings):
+        raise RequestRejected(Reason.API_KEY_MISSING, _NEED_KEY)
+    host = headers.get("host", "")
+    if not is_loopback(_name(f"//{host}")):
+        raise RequestRejected(Reason.API_KEY_MISSING, f"{_NEED_KEY} when the request names another machine as its host")
+    if any(name in headers for name in _OF_PROXIES):
+        raise RequestRejected(Reason.API_KEY_MISSING, f"{_NEED_KEY} when they are called through a proxy")
+    if method not in SAFE_METHODS:
+        _check_origin(host, headers)
+    return LOOPBACK
+
+
+def opens_without_key(settings: Settings) -> bool:
+    """Whether this machine's own programs need no key: the server listens on a loopback address, and demands none."""
+    return not settings.require_api_keys and is_loopback(settings.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own; a name counts only if it can be nothing else."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_origin(host: str, headers: Mapping[str, str]) -> None:
+    origin = headers.get("origin")
+    cross = headers.get("sec-fetch-site", "none") in ("cross-site", "same-site")
+    if cross or (origin is not None and origin not in (f"http://{host}", f"https://{host}")):
+        raise RequestRejected(Reason.FOREIGN_ORIGIN, "a page of another origin may change nothing here")
+
+
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,140 @@
+"""Settings from flags, environment, file and defaults."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedcompute.errors import OperationFailed
+from fedcompute.server.configuration import (
+    CONFIG_VARIABLE,
+    configure,
+    flag_of,
+    kind_of,
+    masked,
+    render_json,
+    render_toml,
+    setting_fields,
+    variable_of,
+)
+from fedcompute.server.kinds import kind_of_type
+from fedcompute.server.settings import RetryWindow, Settings, about
+
+FIELDS = [one.name for one in dataclasses.fields(Settings)]
+
+
+@pytest.mark.parametrize("one", setting_fields(), ids=lambda one: one.name)
+def test_every_setting_says_what_it_is_for_and_can_be_read_from_flag_variable_and_file(one):
+    told = about(one)
+    assert told.help.endswith("."), f"{one.name} needs setting(default, 'One sentence.', PANEL)"
+    assert told.panel != "Other"
+    assert flag_of(one.name).startswith("--")
+    assert variable_of(one.name).startswith("FEDCOMPUTE_")
+    kind = kind_of(one.name)
+    if one.default not in (None, dataclasses.MISSING):
+        written = tomllib.loads(f"value = {kind.write_toml(one.default)}")["value"]
+        assert kind.read_toml(written) == one.default
+        assert kind.read_text(kind.show(one.default)) == pytest.approx(one.default)
+
+
+def test_a_secret_setting_does_not_stand_in_the_repr_of_the_settings():
+    settings = Settings(database_url="postgresql://user:hunter2@host/name")
+    assert "hunter2" not in repr(settings)
+
+
+def test_a_password_is_never_shown_and_a_file_made_of_what_is_shown_is_whole():
+    configuration = configure({}, {"FEDCOMPUTE_DATABASE_URL": "postgresql://user:hunter2@host/name?password=hunter3"})
+    for text in (render_toml(configuration), render_json(configuration)):
+        assert "hunter" not in text
+        assert "postgresql://user:***@host/name?password=***" in text
+    assert "database_url" not in tomllib.loads(render_toml(configuration))
+
+
+def test_a_url_without_secrets_is_shown():
+    assert masked("database_url", "postgresql+psycopg://db/name") == "postgresql+psycopg://db/name"
+    assert masked("database_url", "nonsense") == "***"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("prot = 1", ["line 2", "'prot'", "'port'"]),
+        ("max-upload-bytes = 1", ["line 2", "'max_upload_bytes'"]),
+        ("[server]", ["line 2", "'server'"]),
+        ('port = "8080"', ["line 2", "port", "no whole number"]),
+        ("port = true", ["port", "no whole number"]),
+        ("upload_timeout = inf", ["upload_timeout", "no number"]),
+        ("allow_plaintext_uploads = 1", ["allow_plaintext_uploads", "neither true nor false"]),
+        ("retry_no_task = [1, 2, 3]", ["retry_no_task", "no window"]),
+        ("data_dir = 3", ["data_dir", "no text"]),
+        ("port = ", ["no TOML", "line 2"]),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_named(tmp_path, line, words):
+    file = tmp_path / "server.toml"
+    file.write_text(f"# settings\n{line}\n")
+    with pytest.raises(OperationFailed) as refused:
+        configure({}, {}, file)
+    told = f"{refused.value} {refused.value.remedy}"
+    assert str(file) in told
+    for word in words:
+        assert word in told
+
+
+def test_the_value_of_a_secret_stands_in_no_error(tmp_path):
+    file = tmp_path / "server.toml"
+    file.write_text('database_url = ["hunter2"]')
+    with pytest.raises(OperationFailed) as refused:
+        configure({}, {}, file)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("FEDCOMPUTE_PORT", "tcp://10.0.0.1:80", "FEDCOMPUTE_PORT"),
+        ("FEDCOMPUTE_PROT", "80", "did you mean FEDCOMPUTE_PORT"),
+        ("FEDCOMPUTE_PUBLIC_URL", "", "set and empty"),
+        ("FEDCOMPUTE_ALLOW_PLAINTEXT_UPLOADS", "maybe", "neither true nor false"),
+        ("FEDCOMPUTE_WORKERS", "-1", "from FEDCOMPUTE_WORKERS"),
+        ("FEDCOMPUTE_CONFIG", "/nowhere/server.toml", "/nowhere/server.toml"),
+    ],
+)
+def test_a_wrong_variable_is_named_instead_of_meaning_the_default(variable, value, words):
+    with pytest.raises(OperationFailed) as refused:
+        configure({}, {variable: value})
+    assert words in f"{refused.value} {refused.value.remedy}"
+
+
+def test_variables_of_others_are_none_of_our_business():
+    assert configure({}, {"FEDCOMPUTE_CACHE_DIR": "", "HOME": "/root", "FEDCOMPUTE_SOMETHING_ELSE": "1"})
+
+
+def test_a_window_is_written_as_text_as_a_number_or_as_two(tmp_path):
+    file = tmp_path / "server.toml"
+    for written in ('"2:3"', "[2, 3]", "[2.0, 3.0]"):
+        file.write_text(f"retry_no_task = {written}")
+        assert configure({}, {}, file).settings.retry_no_task == RetryWindow(2, 3)
+    assert configure({"retry_no_task": "2"}, {}).settings.retry_no_task == RetryWindow(2, 2)
+
+
+def test_the_file_may_be_named_by_a_variable_and_the_flag_wins(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f'host = "{name}"')
+    assert configure({}, {CONFIG_VARIABLE: str(tmp_path / "one")}).settings.host == "one"
+    assert configure({}, {CONFIG_VARIABLE: str(tmp_path / "one")}, tmp_path / "two").settings.host == "two"
+
+
+def test_a_list_is_repeated_flags_commas_or_a_list_of_the_file():
+    kind = kind_of_type(tuple[str, ...])
+    assert kind.read_text("a, b") == ("a", "b")
+    assert kind.read_text("") == ()
+    assert kind.read_toml(["a,b", "c"]) == ("a,b", "c")
+    assert tomllib.loads(f"v = {kind.write_toml(('a', 'b'))}")["v"] == ["a", "b"]
+    assert kind_of_type(tuple[Path, ...]).read_text("x,y") == (Path("x"), Path("y"))
+
+
+def test_text_of_any_kind_survives_the_file():
+    for text in ('say "x"', "back\\slash", "tab\t", "\x7f\x01", "smile \U0001f600", "line\nbreak"):
+        assert tomllib.loads(f"v = {kind_of('host').write_toml(text)}")["v"] == text
