@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,28 +52,35 @@ class PostgreSQL:
 
     def start(self) -> None:
         """Makes the cluster and waits until it answers; raises RuntimeError with its log if it does not."""
-        # PostgreSQL refuses to run as root.
-        identity = {}
         if os.geteuid() == 0:
             user = _unprivileged()
-            identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             os.chown(self._directory, user.pw_uid, user.pw_gid)
-        surroundings = {"cwd": self._directory, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **identity}
         data = self._directory / "data"
         command = [self._programs / "initdb", "--pgdata", data, "--username", self.owner, "--auth", "trust"]
         command += ["--encoding", "UTF8", "--no-sync", "--no-instructions", *_foreign_order(self._programs)]
-        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **surroundings)
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self._surroundings())
         if made.returncode:
             raise RuntimeError(f"initdb failed: {made.stdout.decode()}")
         # Roles whose names begin so need their password.
         (data / "pg_hba.conf").write_text('local all "guarded" scram-sha-256\nlocal all all trust\n')
-        log = self._directory / "log"
+        self._serve()
+
+    def _surroundings(self) -> dict[str, Any]:
+        identity = {}
+        # PostgreSQL refuses to run as root.
+        if os.geteuid() == 0:
+            user = _unprivileged()
+            identity = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        return {"cwd": self._directory, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, **identity}
+
+    def _serve(self) -> None:
+        log, data = self._directory / "log", self._directory / "data"
         settings = {**_FRUGAL, "unix_socket_directories": str(self._directory)}
         command = [self._programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())]
         with log.open("wb") as output:
             # In a session of its own: an interrupt from the keyboard is for the tests, which then stop it.
             self._process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **surroundings
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **self._surroundings()
             )
         deadline = time.monotonic() + _START_SECONDS
         status = data / "postmaster.pid"
@@ -91,6 +100,16 @@ class PostgreSQL:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """The server is gone for a while, as after a crash, and comes back with what was committed."""
+        self.stop()
+        try:
+            yield
+        finally:
+            (self._directory / "data" / "postmaster.pid").unlink(missing_ok=True)
+            self._serve()
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -277,6 +296,8 @@ class ObjectStore:
         self._answer = DomainDispatcherApplication(create_backend_app)
         self.ignores_conditions = False  # as S3 servers of other makers may
         self.outages = 0  # requests that get a 503
+        self.failure_rate = 0.0  # of requests that get a 500, half of them after they were carried out
+        self._chance = random.Random(7)
         self._server = make_server("127.0.0.1", 0, self._app, threaded=True)
         # Devices refuse http://127.0.0.1.
         self.url = f"http://localhost:{self._server.server_port}"
@@ -314,6 +335,11 @@ class ObjectStore:
             self.outages -= 1
             start_response("503 Slow Down", [("content-length", "0")])
             return [b""]
+        if self._chance.random() < self.failure_rate:
+            if self._chance.random() < 0.5:
+                b"".join(self._answer(environ, lambda *_: None))
+            start_response("500 Internal Server Error", [("content-length", "0")])
+            return [b""]
         if self.ignores_conditions:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         return self._answer(environ, start_response)
@@ -336,4 +362,4 @@ def s3(s3_server, monkeypatch):
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     yield s3_server
-    s3_server.ignores_conditions, s3_server.outages = False, 0
+    s3_server.ignores_conditions, s3_server.outages, s3_server.failure_rate = False, 0, 0.0

@@ -39,7 +39,7 @@ from fedcompute.storage.blobs import open_blob_store
 from fedcompute.storage.claim import Claim
 from fedcompute.storage.database import Database, sqlite_file
 from fedcompute.storage.paths import MODEL
-from fedcompute.storage.secrets import check_sealed, ensure_secret, seal_plain
+from fedcompute.storage.secrets import ensure_secret, seal_plain
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
                     yield
         finally:
             workers.close()
+            _close_authentication(app)
             database.close()
             if claim is not None:
                 claim.close()
@@ -93,6 +94,12 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
     # A device must never meet a redirect (spec/device.md 1.10), and this one would be made from the Host header.
     app.router.redirect_slashes = False
     return app
+
+
+def _close_authentication(app: Starlette) -> None:
+    context: Context | None = getattr(app.state, "context", None)
+    if context is not None and context.authentication is not None:
+        context.authentication.close()
 
 
 @asynccontextmanager
@@ -140,6 +147,8 @@ def server(settings: Settings, executor: Executor | None = None) -> WebServer:
         access_log=False,
         log_config=None,
         server_header=False,
+        # Whom to believe about addresses is a setting (`trusted_proxies`).
+        proxy_headers=False,
         # The library's type is narrower than what it does with it.
         timeout_graceful_shutdown=settings.stop_grace,  # type: ignore[arg-type]
     )
@@ -184,12 +193,14 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         url_key = ensure_secret(tx, sealer, "url_signing", secrets.token_bytes(32), now())
         challenge_key = ensure_secret(tx, sealer, "device_challenges", secrets.token_bytes(32), now())
         noise_key = ensure_secret(tx, sealer, "noise_state", secrets.token_bytes(KEY_BYTES), now())
-        check_sealed(tx, sealer)
     if sealed:
-        database.scrub()
         _LOG.warning(
             "%d secrets were stored in plain and are sealed now; copies of the database made before are not", sealed
         )
+        try:
+            database.scrub()
+        except OperationFailed as error:
+            _LOG.warning("traces of them are left in the database file until it is vacuumed: %s", error)
     elsewhere = settings.key_service_public_url
     if elsewhere is None:
         publication(database, sealer, settings, now())

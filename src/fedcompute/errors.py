@@ -87,6 +87,9 @@ class Reason(StrEnum):
     STORAGE_FAILED = "storage_failed"
     KEY_SERVICE_FAILED = "key_service_failed"
     KEYS_HELD_ELSEWHERE = "keys_held_elsewhere"
+    BACKUP_DAMAGED = "backup_damaged"
+    BACKUP_FOREIGN = "backup_foreign"
+    BACKUP_TARGET_IN_USE = "backup_target_in_use"
     BLOB_STORE_UNSUITABLE = "blob_store_unsuitable"
     DATA_IN_USE = "data_in_use"
     SERVER_STOPPING = "server_stopping"
@@ -188,6 +191,9 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.KEY_SERVICE_FAILED: Entry(
         503, "check the key coordinators, the identity tokens and the key management service; what needs them waits"
     ),
+    Reason.BACKUP_DAMAGED: Entry(400, "restore from another copy of the backup"),
+    Reason.BACKUP_FOREIGN: Entry(400, "restore it with the release that made it"),
+    Reason.BACKUP_TARGET_IN_USE: Entry(409, "name a new or empty folder, database and blob store"),
     Reason.BLOB_STORE_UNSUITABLE: Entry(
         500, "use a store with conditional writes (If-None-Match), such as S3, GCS, Azure, MinIO or a directory"
     ),

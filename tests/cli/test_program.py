@@ -10,6 +10,7 @@ COMMANDS = [
     "server", "task build", "task list", "task show", "task watch", "task pause", "task resume",
     "task cancel", "metrics plot", "metrics table",
     "model export", "privacy epsilon", "privacy noise", "privacy report", "fleet run", "quickstart",
+    "enrolment create", "enrolment list", "enrolment revoke",
 ]  # fmt: skip
 PRINTING = [command for command in COMMANDS if command != "quickstart"]
 

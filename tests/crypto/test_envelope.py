@@ -53,7 +53,9 @@ def test_each_fault_has_its_reason():
     assert reason_of(json.dumps({**sealed, "associatedData": ""}).encode()) is Reason.DECRYPTION_FAILED
     assert reason_of(b'{"keyId": 3}') is Reason.DECRYPTION_FAILED
     assert reason_of(b"") is Reason.UPLOAD_NOT_ENCRYPTED
-    assert reason_of(b"{" * 100_000) is Reason.UPLOAD_NOT_ENCRYPTED
+    assert reason_of(b"{" * 50) is Reason.UPLOAD_NOT_ENCRYPTED
+    # Too many parts to find out at bearable cost whether it is a JSON object.
+    assert reason_of(b"{" * 100_000) is Reason.DECRYPTION_FAILED
 
 
 def test_a_bomb_stops_at_the_limit_in_either_layer():

@@ -1,5 +1,6 @@
 """Keysets as Tink writes them, here put together byte by byte from the published message numbers."""
 
+import base64
 import secrets
 
 import pytest
@@ -10,6 +11,16 @@ from fedcompute.crypto.keyset import KEYSET_BYTES_LIMIT, hpke_private_key, join_
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.protos import keyset_pb2
 
+# Made once with Tink itself (tink 1.16.1, template DHKEM_X25519_HKDF_SHA256_HKDF_SHA256_CHACHA20_POLY1305_RAW): a
+# serialized keyset for this test only, and what its public half encrypted with two context infos.
+TINK_KEYSET = base64.b64decode(
+    "CL/+o8gBEpYBCokBCjV0eXBlLmdvb2dsZWFwaXMuY29tL2dvb2dsZS5jcnlwdG8udGluay5IcGtlUHJpdmF0ZUtleRJOEioSBggBEAEYAxoglldN7AJj"
+    "jl7Dmn/Ts7U5t8zTV3d0Rr1HXi/+Jk2zax4aIFf1JyvbINKikCum7bGPvI4FmJvwykLV1R8hQq18XAOkGAIQARi//qPIASAD"
+)
+TINK_SEALED = {
+    b"{}": "A9gNnPspwsX+OJCfGCi2TH2ysShc8ACz6XPuI1g0HienSqvcKgBfBZIQ3+zz3ed0lXjgsuEFcqQcdzeDWtuD+QxSWU3rV+i5pyAiEMQJ",
+    b"": "EVoy11XRuwU2KGI6eeiROhlP8L/RwnKzEhg8OmwvN0laet43s2FosyK5nJ/OPtxxFkkhu8lhcIp0ch73MyacXNd2X+35sg/oYoE7FCWf",
+}
 TYPE_URL = b"type.googleapis.com/google.crypto.tink.HpkePrivateKey"
 
 
@@ -46,6 +57,12 @@ def test_a_keyset_gives_the_raw_key_that_opens_what_was_sealed_to_its_public_hal
     raw = hpke_private_key(keyset(private))
     assert raw == private.private_bytes_raw()
     assert open_sealed(raw, seal(private.public_key().public_bytes_raw(), b"update")) == b"update"
+
+
+@pytest.mark.parametrize("info", [b"{}", b""])
+def test_what_tink_wrote_and_encrypted_opens(info):
+    sealed = base64.b64decode(TINK_SEALED[info])
+    assert open_sealed(hpke_private_key(TINK_KEYSET), sealed, info) == b"an update, as Tink encrypts it"
 
 
 def test_two_shares_join_to_the_keyset_and_one_alone_is_no_keyset(private):

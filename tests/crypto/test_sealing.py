@@ -58,8 +58,8 @@ def test_the_id_names_a_secret_and_is_no_part_of_its_key():
     assert bytes.fromhex(first.id) not in first.key
 
 
-@pytest.mark.parametrize("secret", [b"", b"short", b" " * 40, b"a" * 5000])
-def test_a_secret_that_is_too_short_or_too_long_is_refused(secret):
+@pytest.mark.parametrize("secret", [b"", b"short", b" " * 40, b"a" * 5000, b"CHANGE-ME-to-32-random-bytes-in-base64"])
+def test_a_secret_that_is_too_short_too_long_or_a_placeholder_is_refused(secret):
     with pytest.raises(OperationFailed) as raised:
         sealer_of(secret)
     assert raised.value.reason is Reason.SETTINGS_INVALID

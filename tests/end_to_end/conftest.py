@@ -14,7 +14,7 @@ SOON = RetryWindow(0.02, 0.05)
 
 
 @contextmanager
-def _serving(directory, executor=None):
+def _serving(directory, executor=None, **changes):
     listener = listen("127.0.0.1", 0)
     settings = Settings(
         data_dir=directory,
@@ -22,6 +22,7 @@ def _serving(directory, executor=None):
         retry_no_task=SOON,
         retry_no_active_task=SOON,
         workers=1,
+        **changes,
     )
     running = server(settings, executor)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)

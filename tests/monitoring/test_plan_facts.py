@@ -46,6 +46,16 @@ def test_the_promise_and_the_matrix_come_from_the_plan():
     assert facts.metric_names == {1: ("loss",), 2: ("loss",)}
 
 
+@pytest.mark.parametrize(("phase", "expected"), [("server_phase", True), ("server_phase_v2", True), (None, False)])
+def test_a_server_half_of_graphs_is_a_fact(phase, expected):
+    plan = plan_pb2.Plan(phase=[plan_pb2.Plan.Phase()])
+    if phase is not None:
+        getattr(plan.phase[0], phase).name = "any"
+    asked = api(None)
+    asked.plan = lambda population, task_id: plan.SerializeToString()
+    assert plan_facts(asked, "digits", 1).has_graphs is expected
+
+
 @pytest.mark.parametrize("process", [None, process_of()], ids=["a plan of the reference", "a task without noise"])
 def test_a_plan_without_a_claim_promises_nothing(process):
     facts = plan_facts(api(process), "digits", 1)

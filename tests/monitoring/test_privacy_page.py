@@ -137,6 +137,13 @@ def test_without_noise_there_is_no_recipe_and_no_promise(write_ledger):
     json.dumps(document(found), allow_nan=False)
 
 
+def test_noise_that_a_plans_graphs_may_add_is_said_not_to_count(write_ledger):
+    ledger = write_ledger({"task_id": 1, "mechanism": "NONE", "rounds": [[GaussianEvent(0.0)]]})
+    words = page_of(ledger, facts=PlanFacts(known=True, has_graphs=True)).words
+    assert "Noise that they may add is drawn inside TensorFlow and is not counted here" in words
+    assert "has no noise" not in words
+
+
 def test_the_page_is_the_same_for_the_same_ledger(write_ledger):
     first, second = (privacy_page(task_privacy(write_ledger(TRAINING, EVALUATION), 1)) for _ in range(2))
     assert first == second

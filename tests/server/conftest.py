@@ -262,7 +262,7 @@ def start_server():
         running.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def hand_made():
     """What the tests make by hand: processes, plans, updates."""
     return HandMade()

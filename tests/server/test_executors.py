@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcompute.errors import OperationFailed
+from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.executors import ProcessExecutor
 
 
@@ -24,6 +24,9 @@ def jobs(tmp_path, monkeypatch):
         "import os, signal, pathlib\n"
         "def pid(_): return os.getpid()\n"
         "def fail(text): raise ValueError(text)\n"
+        "def refuse(remedy):\n"
+        "    from fedcompute.errors import ArtifactInvalid, Reason\n"
+        "    raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, 'no', remedy=remedy)\n"
         "def die_once(marker):\n"
         "    path = pathlib.Path(marker)\n"
         "    if path.exists(): return 'survived'\n"
@@ -46,6 +49,12 @@ def test_a_job_that_raises_gives_its_error_and_the_pool_goes_on(executor, jobs):
     with pytest.raises(OperationFailed, match="no luck"):
         executor.submit(jobs.fail, "no luck").result(60)
     assert executor.submit(jobs.pid, None).result(60)
+
+
+def test_an_error_keeps_its_reason_and_its_remedy(executor, jobs):
+    with pytest.raises(OperationFailed) as refused:
+        executor.submit(jobs.refuse, "install it").result(60)
+    assert (refused.value.reason, refused.value.remedy) == (Reason.PLAN_UNSUPPORTED, "install it")
 
 
 def test_a_job_whose_worker_is_killed_runs_again(executor, jobs, tmp_path):

@@ -413,6 +413,31 @@ def test_devices_are_handed_the_list_with_what_is_left_of_its_age(coordinators):
         PublicKeyList(coordinators.service.public_url).publication()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"key_service_a": "https://a"}, "key_service_b"),
+        ({"key_service_b": "https://b", "key_service_public_url": "https://p"}, "key_service_a"),
+        ({"key_service_a": "http://a", "key_service_b": "https://b", "key_service_public_url": "https://p"}, "https"),
+        ({"key_service_token_a": "secret.token"}, "key_service_token_a"),
+        ({"key_service_kms_b": "gcp-kms://x"}, "key_service_kms_b"),
+    ],
+)
+def test_a_half_configured_key_service_is_refused_before_anything_starts(hand_made, tmp_path, changes, words):
+    with pytest.raises(OperationFailed) as raised:
+        hand_made.settings_of(tmp_path, **changes)
+    assert raised.value.reason is Reason.SETTINGS_INVALID
+    assert words in raised.value.detail
+    assert "secret.token" not in raised.value.detail
+
+
+def test_sums_are_encrypted_by_default_exactly_where_others_hold_the_keys(hand_made, tmp_path, coordinators):
+    assert not hand_made.settings_of(tmp_path).seals_aggregates
+    assert hand_made.settings_of(tmp_path, encrypt_aggregates=True).seals_aggregates
+    assert hand_made.settings_of(tmp_path, **coordinators.settings).seals_aggregates
+    assert not hand_made.settings_of(tmp_path, encrypt_aggregates=False, **coordinators.settings).seals_aggregates
+
+
 def update(hand_made, process):
     return hand_made.update_of(process, [value * 0 + 1 for value in hand_made.initial])
 

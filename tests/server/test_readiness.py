@@ -106,3 +106,19 @@ def test_a_server_with_a_damaged_database_is_alive_and_not_ready(run_server):
     running.api.wait(lambda: httpx.get(f"{url}/ready", timeout=30).status_code == 503)
     assert "database" in httpx.get(f"{url}/ready", timeout=30).json()["problems"]
     assert httpx.get(f"{url}/healthz", timeout=30).status_code == 200
+
+
+def test_a_change_is_logged_once(caplog):
+    problem = ["the disk is full"]
+    probe = Readiness({"disk": lambda: problem[0]})
+    caplog.set_level("INFO")
+    for _ in range(3):
+        ask(probe)
+    problem[0] = None
+    time.sleep(1.1)
+    ask(probe)
+    ask(probe)
+    assert [record.getMessage() for record in caplog.records if "disk" in record.getMessage()] == [
+        "not ready: disk: the disk is full",
+        "disk does its work again",
+    ]

@@ -1,6 +1,7 @@
 """The client's side of the task builder: read a configuration, pack a model, ask the service, show its answer
 (spec/task-builder.md 8.2 to 8.4). Loads no TensorFlow."""
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def send(
     """Sends the request and waits for the answer, minutes if need be.
 
     `api_key` goes into the URL's query and into no log or error. Raises BuildFailed: SERVER_UNREACHABLE,
-    SERVER_ANSWER_INVALID.
+    SERVER_ANSWER_INVALID, and the service's own reason where it wants a key or another one.
     """
     endpoint = server.removesuffix("/") + (
         "/taskbuilder/v1:build-artifacts" if artifact_only else "/taskbuilder/v1:build-task-group"
@@ -114,6 +115,8 @@ def send(
     except (httpx.HTTPError, httpx.InvalidURL):
         # Without a cause: the library's errors repeat the URL, key included.
         raise BuildFailed(Reason.SERVER_UNREACHABLE, f"Fail to connect: {endpoint}") from None
+    if answer.status_code in (401, 403) and (refused := _refusal(body)) is not None:
+        raise refused
     if not answer.is_success:
         raise BuildFailed(Reason.SERVER_ANSWER_INVALID, f"{answer.status_code}: {answer.reason_phrase}")
     try:
@@ -133,6 +136,14 @@ def render(response: task_builder_pb2.BuildTaskResponse) -> Rendered:
         f"Failed to create task group. Error type: {kind}; Error message: {response.error_info.error_message} [{name}]"
     )
     return Rendered(False, (report, failure))
+
+
+def _refusal(body: bytes) -> BuildFailed | None:
+    try:
+        document = json.loads(body)
+        return BuildFailed(Reason(document["code"]), str(document["message"]), remedy=str(document["remedy"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _local(uri: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,13 +16,14 @@ from google.protobuf.message import DecodeError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedcompute.builder.archive import MAX_ARCHIVE_BYTES
 from fedcompute.builder.artifact_places import Place, PlaceRules, artifact_place, write_artifact
 from fedcompute.builder.artifacts import BuiltGroup
 from fedcompute.builder.build_cache import BuildCache, build_key
+from fedcompute.builder.callers import check_builder, presented_key
 from fedcompute.builder.model_sources import fingerprint
 from fedcompute.builder.task_management import PROTOBUF, link_warning, register_group
 from fedcompute.builder.tasks import artifact_only_task
@@ -44,7 +46,8 @@ class ServiceSettings:
     artifact-only builds may write to. `allow_local_models`, `allow_object_stores`: whether requests may name a model
     on this machine, and models and artifacts in object stores, which are reached with the service's own credentials.
     `forbidden_flags`: names of experiment flags that requests may not set. `op_table`: replaces the table of ops that
-    devices have. `hosts`: the host names that requests may address, any if empty.
+    devices have. `hosts`: the host names that requests may address, any if empty. `require_api_keys`: whether requests
+    need an API key of the server that gets the tasks. `api_key`: the service's own, for requests that show none.
     """
 
     task_management_url: str = ""
@@ -55,6 +58,8 @@ class ServiceSettings:
     forbidden_flags: frozenset[str] = field(default_factory=frozenset)
     hosts: frozenset[str] = field(default_factory=frozenset)
     op_table: str | None = None
+    require_api_keys: bool = False
+    api_key: str = field(default="", repr=False)
     max_request_bytes: int = MAX_ARCHIVE_BYTES + (1 << 20)
     build_timeout: float = 540.0  # seconds; below the 600 of common gateways
     build_memory: int = 8 << 30  # bytes of data that the build process may hold
@@ -170,6 +175,12 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
         return PlainTextResponse(f"send a BuildTaskRequest as {PROTOBUF}\n", status_code=415)
     if settings.hosts and urlsplit(f"//{request.headers.get('host', '')}").hostname not in settings.hosts:
         return PlainTextResponse("this service is addressed by another name\n", status_code=403)
+    api_key = presented_key(request.headers, request.query_params)
+    if api_key or settings.require_api_keys:
+        try:
+            await run_in_threadpool(check_builder, settings.task_management_url, api_key)
+        except FedComputeError as error:
+            return _refusal(error)
     body = await _read_body(request, settings.max_request_bytes)
     if body is None:
         return PlainTextResponse(f"a request has at most {settings.max_request_bytes} bytes\n", status_code=413)
@@ -180,7 +191,14 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
     response = task_builder_pb2.BuildTaskResponse()
     response.task_report.SetInParent()
     try:
-        result = await _build(request.app.state.worker, settings, message, response.task_report, artifact_only)
+        result = await _build(
+            request.app.state.worker,
+            settings,
+            message,
+            response.task_report,
+            artifact_only,
+            api_key or settings.api_key,
+        )
     except FedComputeError as error:
         result = error_info(error)
     if isinstance(result, task_builder_pb2.ErrorInfo):
@@ -191,12 +209,19 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
     return Response(response.SerializeToString(), media_type=PROTOBUF)
 
 
+def _refusal(error: FedComputeError) -> Response:
+    document = {"code": error.reason.value, "message": error.detail, "remedy": error.remedy}
+    headers = {"www-authenticate": 'Bearer realm="fedcompute"'} if error.status in (401, 403) else None
+    return JSONResponse(document, status_code=error.status, headers=headers)
+
+
 async def _build(
     worker: BuildWorker,
     settings: ServiceSettings,
     message: task_builder_pb2.BuildTaskRequest,
     report: task_builder_pb2.TaskReport,
     artifact_only: bool,
+    api_key: str,
 ) -> task_builder_pb2.TaskGroup | task_builder_pb2.ErrorInfo:
     logger.info("Start building task group under population %r.", message.task_config.population_name)
     _check_flags(message.flags, settings.forbidden_flags)
@@ -219,7 +244,8 @@ async def _build(
         return outcome.error
     if artifact_only:
         return await run_in_threadpool(_write_group, outcome.group, places)
-    group = await run_in_threadpool(register_group, settings.task_management_url, outcome.group)
+    register = partial(register_group, settings.task_management_url, outcome.group, api_key=api_key)
+    group = await run_in_threadpool(register)
     if warning := link_warning(group):
         report.warnings.append(warning)
     return group

@@ -10,6 +10,7 @@ import httpx
 from google.protobuf.message import DecodeError
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
+from fedcompute.builder.callers import key_header
 from fedcompute.builder.identity import id_token_header
 from fedcompute.errors import BuildFailed, Reason
 from fedcompute.protos import task_builder_pb2, task_pb2
@@ -23,8 +24,10 @@ _ARTIFACT_HEADERS = {"content-type": "application/octet-stream", "content-encodi
 _TIMEOUT = httpx.Timeout(30, read=120, write=120)
 
 
-def register_group(base_url: str, group: BuiltGroup) -> task_builder_pb2.TaskGroup:
+def register_group(base_url: str, group: BuiltGroup, *, api_key: str = "") -> task_builder_pb2.TaskGroup:
     """Creates the group's tasks (training first) and uploads their artifacts; returns the tasks as created.
+
+    `api_key`: of the role builder or above, for a server that asks for one.
 
     Raises BuildFailed: TASK_MANAGEMENT_FAILED if a task cannot be created, ARTIFACT_UPLOAD_FAILED if an artifact
     cannot be uploaded. The tasks created so far are cancelled then, as far as task management answers.
@@ -36,7 +39,7 @@ def register_group(base_url: str, group: BuiltGroup) -> task_builder_pb2.TaskGro
     kinds = [(kind, built) for kind, built in fields if built is not None]
     created: list[task_pb2.Task] = []
     # For task management alone: uploads go to URLs that carry their own signature.
-    identity = id_token_header(base)
+    identity = {**id_token_header(base), **key_header(api_key)}
     with httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client:
         try:
             for _, built in kinds:

@@ -27,13 +27,19 @@ def run(
         str, typer.Option(help="digits, a directory of IDX files, or a federated EMNIST .h5 file.")
     ] = "digits",
     seed: Annotated[int, typer.Option(help="Decides which device holds which images.")] = 0,
+    enrolments: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of `fedcompute enrolment create` with a line for each device, for a server that asks for proof."
+        ),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long; default: until Ctrl-C.")] = None,
     log: Annotated[Path, typer.Option(help="File for what the devices complain about.")] = Path("fleet.log"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run devices that check in, train on handwriting and upload, over real HTTP, until stopped."""
     from fedcompute.fleet.processes import Fleet
-    from fedcompute.fleet.settings import FleetSettings
+    from fedcompute.fleet.settings import FleetSettings, read_fleet_enrolments
 
     settings = FleetSettings(
         server_url=server,
@@ -42,7 +48,10 @@ def run(
         processes=min(processes, devices),
         data=data,
         seed=seed,
+        enrolments=None if enrolments is None else str(enrolments),
     )
+    # Here, because the worker processes would only complain in the log.
+    read_fleet_enrolments(settings)
     start = time.monotonic()
     with Fleet(settings, log) as running:
         try:

@@ -104,13 +104,17 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise OperationFailed(
             Reason.SETTINGS_INVALID,
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             remedy="stop the program that listens there, or choose another --host or --port",
         ) from error
+    # Inherited by its connections. asyncio sets it only where the protocol is named, which it is not here; without it
+    # the body of an answer waits up to 40 ms for the other side to acknowledge the head.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def serve(running: "uvicorn.Server", listener: socket.socket, announcement: str) -> None:
@@ -137,10 +141,13 @@ def serve(running: "uvicorn.Server", listener: socket.socket, announcement: str)
 
 
 def _announce(running: "uvicorn.Server", announcement: str) -> None:
+    from fedcompute.server.web_server import keep_what_started
+
     while not running.started:
         if running.should_exit:
             return
         time.sleep(0.01)
+    keep_what_started()
     typer.echo(announcement)
 
 
@@ -164,7 +171,8 @@ def _keep_start_failure(app: Any) -> list[Exception]:
 
 def _announcement(settings: Settings, *, as_json: bool) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    listening = f"http://{host}:{settings.port}"
+    scheme = "http" if settings.tls_certificate is None else "https"
+    listening = f"{scheme}://{host}:{settings.port}"
     if as_json:
         return json.dumps(
             {

@@ -11,6 +11,7 @@ import typer
 
 from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.cli import options
+from fedcompute.cli.connection import api_key
 from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
 
@@ -43,6 +44,7 @@ def build(
         ),
     ] = None,
     server: options.Server = options.DEFAULT_SERVER,
+    api_key_file: options.ApiKeyFile = None,
     population: Annotated[str, typer.Option(help="Use this population instead of the configuration's.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build and report; create no task.")] = False,
     skip_dp_check: Annotated[
@@ -66,6 +68,8 @@ def build(
     from fedcompute.builder.task_management import link_warning, register_group
     from fedcompute.protos import task_builder_pb2
 
+    # Before a build that may take minutes.
+    key = None if dry_run else api_key(api_key_file)
     loaded = load_config(str(_config_file(config, model)), population_name=population)
     _check_model(model)
     flags = task_builder_pb2.ExperimentFlags(
@@ -77,7 +81,7 @@ def build(
     warnings = [*loaded.warnings, *group.report.warnings]
     if not dry_run:
         with _status(f"registering with {server} ...", quiet=as_json):
-            created = register_group(server, group)
+            created = register_group(server, group, api_key=key or "")
         tasks = [getattr(created, kind) for kind in ("training_task", "eval_task") if created.HasField(kind)]
         warnings += [text for text in [link_warning(created)] if text]
     group.report.ClearField("warnings")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
+from fedcompute.cli.connection import api_key
 from fedcompute.cli.flags import run
 from fedcompute.cli.server import listen, serve
 from fedcompute.errors import OperationFailed, Reason
@@ -61,6 +62,19 @@ def _define(values: flags.FlagValues) -> None:
         "Let requests name models and artifacts by gs:// and s3:// URIs, reached with this service's credentials.",
         flag_values=values,
     )
+    flags.DEFINE_boolean(
+        "require_api_keys",
+        None,
+        "Ask for an API key of the task management server; by default unless --host is this machine's own address.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "api_key_file",
+        None,
+        "File with this service's own API key, for requests that show none; the environment's FEDCOMPUTE_API_KEY by "
+        "default.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("build_timeout", 540, "Seconds that one build may take.", 1, flag_values=values)
     flags.DEFINE_integer("build_memory", 8192, "MiB of data that the build process may hold.", 1, flag_values=values)
     for name in _SKIP_FLAGS:
@@ -86,6 +100,7 @@ def _serve(values: flags.FlagValues) -> int:
         )
     root = values["storage_root"].value
     is_local = values["host"].value in _LOCAL_HOSTS
+    required, key_file = values["require_api_keys"].value, values["api_key_file"].value
     settings = ServiceSettings(
         task_management_url=tasks_url,
         default_population=values["total_population"].value,
@@ -94,6 +109,8 @@ def _serve(values: flags.FlagValues) -> int:
         allow_local_models=values["allow_local_models"].value,
         allow_object_stores=values["allow_object_stores"].value,
         hosts=frozenset(_LOCAL_HOSTS) if is_local else frozenset(),
+        require_api_keys=not is_local if required is None else required,
+        api_key=api_key(Path(key_file) if key_file else None) or "",
         build_timeout=values["build_timeout"].value,
         build_memory=values["build_memory"].value << 20,
         forbidden_flags=frozenset(name for name in _SKIP_FLAGS if not values[f"allow_{name}"].value),

@@ -2,6 +2,7 @@
 
 from absl import flags, logging
 
+from fedcompute.cli.connection import api_key
 from fedcompute.cli.flags import run
 from fedcompute.protos import task_pb2
 
@@ -31,7 +32,11 @@ def _define(values: flags.FlagValues) -> None:
         ),
         ("task_builder_server", DEFAULT_SERVER, "Base URL of the task builder."),
         ("population_name", None, "Replaces population_name of the configuration."),
-        ("api_key", None, "API key, sent as ?key=; replaces any token."),
+        (
+            "api_key",
+            None,
+            "API key, sent as ?key=; replaces any token. Unset: FEDCOMPUTE_API_KEY, sent as a header beside a token.",
+        ),
         ("impersonate_service_account", None, "Service account whose token is sent."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
@@ -53,7 +58,6 @@ def _define(values: flags.FlagValues) -> None:
 
 def _build(values: flags.FlagValues) -> int:
     from fedcompute.builder.client import build_request, load_config, render, send
-    from fedcompute.builder.identity import id_token_header
     from fedcompute.protos import task_builder_pb2
 
     saved_model = values["saved_model"].value or ""
@@ -76,13 +80,13 @@ def _build(values: flags.FlagValues) -> int:
     server = values["task_builder_server"].value
     artifact_only = values["build_artifact_only"].value
     endpoint = f"{server.removesuffix('/')}/taskbuilder/v1:build-{'artifacts' if artifact_only else 'task-group'}"
-    api_key = values["api_key"].value or ""
+    given = values["api_key"].value or ""
     response = send(
         request,
         server,
         artifact_only=artifact_only,
-        api_key=api_key,
-        headers={} if api_key else id_token_header(endpoint, values["impersonate_service_account"].value or ""),
+        api_key=given,
+        headers={} if given else _headers(endpoint, values["impersonate_service_account"].value or ""),
     )
     response.task_report.warnings[:0] = loaded.warnings
     # Only where there are tasks: touching the group of a refusal would turn it into a success.
@@ -94,6 +98,13 @@ def _build(values: flags.FlagValues) -> int:
         logging.info("%s", record)
     logging.log(logging.INFO if rendered.success else logging.ERROR, "%s", rendered.records[-1])
     return 0 if rendered.success else 1
+
+
+def _headers(endpoint: str, account: str) -> dict[str, str]:
+    from fedcompute.builder.callers import key_header
+    from fedcompute.builder.identity import id_token_header
+
+    return {**id_token_header(endpoint, account), **key_header(api_key(None) or "")}
 
 
 def _drop_signatures(task: task_pb2.Task) -> None:

@@ -22,6 +22,7 @@ _JSON_SPACE = b" \t\r\n"
 _MEMBERS = (b"keyId", b"encryptedPayload", b"associatedData")
 _MARKS = [b"{", b":", b",", b":", b",", b":", b"}"]  # what stands between the strings of such an object
 _QUOTES = 4 * len(_MEMBERS)
+_MOST_PARTS = 256  # quotes, members, nested values; devices send three members
 
 
 def gzip_bytes(data: bytes) -> bytes:
@@ -129,6 +130,9 @@ def _parsed_fields(data: bytes) -> tuple[str, bytes, bytes] | None:
     """
     if data.lstrip(_JSON_SPACE)[:1] != b"{":
         return None
+    if any(data.count(mark) > _MOST_PARTS for mark in (b'"', b",", b"[", b"{")):
+        # Parsed, many small values take a hundred times the space.
+        raise UploadRejected(Reason.DECRYPTION_FAILED, f"the envelope has more than {_MOST_PARTS} parts")
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

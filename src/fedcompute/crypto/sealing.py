@@ -13,7 +13,9 @@ from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 
 SECRET_BYTES_MIN = 32
 SECRET_BYTES_LIMIT = 4096
+ONE_SECRET = "give every server of one database the same secret: --secret-file or FEDCOMPUTE_SECRET"
 _ID_BYTES = 8
+_PLACEHOLDER = b"CHANGE"
 _INFO = b"fedcompute: secrets at rest, version 1"
 
 
@@ -49,7 +51,7 @@ class Sealer:
             raise ArtifactInvalid(
                 Reason.SECRET_UNREADABLE,
                 f"{context} is sealed with operator secret {sealed_with}, this process has {self.id}",
-                remedy="give every server of one database the same secret: --secret-file or FEDCOMPUTE_SECRET",
+                remedy=ONE_SECRET,
             )
         try:
             return open_secret(self.key, value, context.encode())
@@ -70,6 +72,12 @@ def sealer_of(secret: bytes) -> Sealer:
         detail = f"the operator secret has {len(secret)} bytes, not {SECRET_BYTES_MIN} to {SECRET_BYTES_LIMIT}"
         raise OperationFailed(
             Reason.SETTINGS_INVALID, detail, remedy="make one with: openssl rand -base64 32, and keep a copy of it"
+        )
+    if secret.upper().startswith(_PLACEHOLDER):
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            "the operator secret is the placeholder of an example",
+            remedy="make one with: openssl rand -base64 32, and keep a copy of it",
         )
     material = HKDF(SHA256(), KEY_BYTES + _ID_BYTES, salt=None, info=_INFO).derive(secret)
     return Sealer(material[KEY_BYTES:].hex(), material[:KEY_BYTES])

@@ -1,4 +1,4 @@
-"""What a device remembers between runs: its contributions and where its data resumes (spec/device.md 4, 5.8)."""
+"""What a device remembers between runs: contributions, resumption and its tokens (spec/device.md 3.3, 4, 5.8)."""
 
 import sqlite3
 import threading
@@ -24,6 +24,13 @@ CREATE TABLE IF NOT EXISTS resumption (
   token BLOB NOT NULL,
   PRIMARY KEY (job_id, task_identifier)
 );
+CREATE TABLE IF NOT EXISTS authorization_token (
+  server TEXT NOT NULL,
+  owner_id TEXT NOT NULL,
+  token TEXT NOT NULL,
+  expires REAL NOT NULL,
+  PRIMARY KEY (server, owner_id)
+);
 """
 
 
@@ -37,9 +44,9 @@ class Participation:
 
 
 class TaskHistory:
-    """Participation and resumption tokens of a device, in one SQLite file or, without a path, in memory.
+    """Participation, resumption and authorization tokens, in one SQLite file or, without a path, in memory.
 
-    Rows are kept apart by `job_id`, so one history may serve many devices.
+    Rows are kept apart by `job_id`, tokens by server and owner, so one history may serve many devices.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -70,9 +77,10 @@ class TaskHistory:
             )
 
     def delete_old(self, now: float, max_age: float = MAX_AGE) -> None:
-        """Forgets contributions older than `max_age` seconds."""
+        """Forgets contributions older than `max_age` seconds, and expired tokens."""
         with self._lock, self._database:
             self._database.execute("DELETE FROM task_history WHERE contribution_time < ?", (now - max_age,))
+            self._database.execute("DELETE FROM authorization_token WHERE expires <= ?", (now,))
 
     def resumption_token(self, job_id: int, population: str, task_id: str, collection_uri: str) -> bytes | None:
         """The token of the last example that a successful run used, None at first."""
@@ -92,6 +100,31 @@ class TaskHistory:
                 "INSERT INTO resumption VALUES (?, ?, ?)"
                 " ON CONFLICT (job_id, task_identifier) DO UPDATE SET token = excluded.token",
                 (job_id, _task_identifier(population, task_id, collection_uri), token),
+            )
+
+    def token(self, server: str, owner_id: str, now: float) -> str | None:
+        """The token by which a server knows an owner, None without one that has not expired."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT token FROM authorization_token WHERE server = ? AND owner_id = ? AND expires > ?",
+                (server, owner_id, now),
+            ).fetchone()
+        return str(row[0]) if row is not None else None
+
+    def save_token(self, server: str, owner_id: str, token: str, expires: float) -> None:
+        """Keeps a token in place of the one before; `expires`: Unix seconds."""
+        with self._lock, self._database:
+            self._database.execute(
+                "INSERT INTO authorization_token VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (server, owner_id) DO UPDATE SET token = excluded.token, expires = excluded.expires",
+                (server, owner_id, token, expires),
+            )
+
+    def delete_token(self, server: str, owner_id: str) -> None:
+        """Forgets the token by which a server knows an owner."""
+        with self._lock, self._database:
+            self._database.execute(
+                "DELETE FROM authorization_token WHERE server = ? AND owner_id = ?", (server, owner_id)
             )
 
     def close(self) -> None:

@@ -4,13 +4,14 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
 from fedcompute.crypto.envelope import GZIP_MAGIC, gunzip, gzip_bytes
+from fedcompute.device.authorization import Authorization
 from fedcompute.device.http import Response, Transport, join_url
 from fedcompute.errors import DeviceRunFailed, Reason, UploadRejected
 from fedcompute.protos import federatedcompute_pb2, plan_pb2, task_assignments_pb2
@@ -25,6 +26,12 @@ _PROTOBUF = {"content-type": "application/x-protobuf"}
 _GZIP = federatedcompute_pb2.RESOURCE_COMPRESSION_FORMAT_GZIP
 
 Result = task_assignments_pb2.ReportResultRequest.Result
+CheckInAnswer = task_assignments_pb2.CreateTaskAssignmentResponse
+ReportAnswer = task_assignments_pb2.ReportResultResponse
+_NOT_TAKEN = (
+    federatedcompute_pb2.RejectionReason.UNAUTHENTICATED,
+    federatedcompute_pb2.RejectionReason.UNAUTHORIZED,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,14 @@ class Owner:
     certificate_digest: str = "0" * 64
 
     @property
+    def id(self) -> str:
+        """The component, by which tokens are kept."""
+        return f"{self.package}/{self.class_name}"
+
+    @property
     def digest(self) -> str:
         """The value of the owner header."""
-        return f"{self.package}/{self.class_name}-{self.certificate_digest}"
+        return f"{self.id}-{self.certificate_digest}"
 
     def job_id(self, population: str) -> int:
         """Signed 32-bit polynomial hash that names the job of this owner and population (spec 6.2)."""
@@ -67,39 +79,50 @@ class Rejected:
 
     reason: str  # the rejection reason's name in lower case
     window: RetryWindow | None
+    proven: bool = False  # whether the device had answered a challenge before it heard this
 
 
 async def check_in(
-    transport: Transport, server: str, population: str, *, owner: Owner, client_version: str = CLIENT_VERSION
+    transport: Transport,
+    server: str,
+    population: str,
+    *,
+    owner: Owner,
+    client_version: str = CLIENT_VERSION,
+    authorization: Authorization | None = None,
 ) -> task_assignments_pb2.TaskAssignment | Rejected:
-    """Asks for an assignment. Raises DeviceRunFailed for an answer that is neither assignment nor retry window."""
+    """Asks for an assignment, a second time with a proof if the server asks for one and the device has `authorization`.
+
+    Raises DeviceRunFailed for an answer that is neither assignment nor retry window.
+    """
     request = task_assignments_pb2.CreateTaskAssignmentRequest(
         client_version=federatedcompute_pb2.ClientVersion(version_code=client_version),
         resource_capabilities=_capabilities(),
     )
-    response = await transport.request(
-        "POST",
-        join_url(server, f"taskassignment/v1/population/{population}:create-task-assignment"),
-        what="check-in",
-        headers={
-            **_PROTOBUF,
-            # One key for all transport attempts, so that a repeated request finds its first answer.
-            "odp-idempotency-key": f"{time.time_ns() // 1_000_000} - {uuid.uuid4()}",
-            "fcp-owner-id-digest": owner.digest,
-        },
-        body=request.SerializeToString(),
-    )
-    # A 401 carries a challenge, in the same message.
-    if not response.ok and response.status != 401:
-        raise _unexpected("check-in", response)
+
+    async def send(shown: Mapping[str, str]) -> Response:
+        return await transport.request(
+            "POST",
+            join_url(server, f"taskassignment/v1/population/{population}:create-task-assignment"),
+            what="check-in",
+            headers={
+                **_PROTOBUF,
+                # One key for all transport attempts, so that a repeated request finds its first answer.
+                "odp-idempotency-key": f"{time.time_ns() // 1_000_000} - {uuid.uuid4()}",
+                "fcp-owner-id-digest": owner.digest,
+                **shown,
+            },
+            body=request.SerializeToString(),
+        )
+
     answer = task_assignments_pb2.CreateTaskAssignmentResponse()
-    _parse(answer, response.body, "check-in")
+    proven = await _exchange(send, answer, authorization, "check-in")
     match answer.WhichOneof("result"):
         case "task_assignment":
             _check_assignment(answer.task_assignment, population)
             return answer.task_assignment
         case "rejection_info":
-            return _rejected(answer.rejection_info, "check-in")
+            return _rejected(answer.rejection_info, "check-in", proven)
     raise DeviceRunFailed(Reason.SERVER_ANSWER_INVALID, "check-in: neither an assignment nor a rejection")
 
 
@@ -124,34 +147,39 @@ async def download(
 
 
 async def report(
-    transport: Transport, server: str, assignment: task_assignments_pb2.TaskAssignment, result: Result
+    transport: Transport,
+    server: str,
+    assignment: task_assignments_pb2.TaskAssignment,
+    result: Result,
+    *,
+    authorization: Authorization | None = None,
 ) -> task_assignments_pb2.UploadInstruction | Rejected:
-    """Tells the server how the assignment ended; after COMPLETED, where to upload the update.
+    """Tells the server how the assignment ended; after COMPLETED, where to upload the update. A proof as in `check_in`.
 
     Raises DeviceRunFailed for any answer but 200 and 201, and for a rejection without a retry window. The answer to
     a failure report means nothing and comes back as it is.
     """
     population, task = assignment.population_name, assignment.task_id
     request = task_assignments_pb2.ReportResultRequest(result=result, resource_capabilities=_capabilities())
-    response = await transport.request(
-        "PUT",
-        join_url(
-            server,
-            f"taskassignment/v1/population/{population}/task/{task}/aggregation/{assignment.aggregation_id}"
-            f"/task-assignment/{assignment.assignment_id}:report-result",
-        ),
-        what="report",
-        headers=_PROTOBUF,
-        body=request.SerializeToString(),
-    )
-    if not response.ok:
-        raise _unexpected("report", response)
+
+    async def send(shown: Mapping[str, str]) -> Response:
+        return await transport.request(
+            "PUT",
+            join_url(
+                server,
+                f"taskassignment/v1/population/{population}/task/{task}/aggregation/{assignment.aggregation_id}"
+                f"/task-assignment/{assignment.assignment_id}:report-result",
+            ),
+            what="report",
+            headers={**_PROTOBUF, **shown},
+            body=request.SerializeToString(),
+        )
+
+    completed = result == task_assignments_pb2.ReportResultRequest.COMPLETED
     answer = task_assignments_pb2.ReportResultResponse()
-    if result != task_assignments_pb2.ReportResultRequest.COMPLETED:
-        return answer.upload_instruction
-    _parse(answer, response.body, "report")
-    if answer.HasField("rejection_info"):
-        return _rejected(answer.rejection_info, "report")
+    proven = await _exchange(send, answer, authorization, "report", ignore_body=not completed)
+    if completed and answer.HasField("rejection_info"):
+        return _rejected(answer.rejection_info, "report", proven)
     return answer.upload_instruction
 
 
@@ -212,20 +240,60 @@ def _check_assignment(assignment: task_assignments_pb2.TaskAssignment, populatio
         raise DeviceRunFailed(Reason.SERVER_ANSWER_INVALID, "check-in: an assignment id is empty or not URL-safe")
 
 
-def _rejected(info: federatedcompute_pb2.RejectionInfo, what: str) -> Rejected:
+async def _exchange(
+    send: Callable[[Mapping[str, str]], Awaitable[Response]],
+    answer: CheckInAnswer | ReportAnswer,
+    authorization: Authorization | None,
+    what: str,
+    *,
+    ignore_body: bool = False,
+) -> bool:
+    """Reads the server's answer into `answer`; returns whether the device had to prove itself for it.
+
+    A challenge is answered once, by the same request with a proof. A token is kept only after the server has taken it,
+    so that a refused one does not come again. Raises DeviceRunFailed for a status or body that means nothing.
+    """
+    response = await send(authorization.headers() if authorization is not None else {})
+    # A 401 carries a challenge, in the same message.
+    if not response.ok and response.status != 401:
+        raise _unexpected(what, response)
+    _parse(answer, response.body, what, ignore_body and response.ok)
+    challenge = answer.rejection_info.auth_metadata.key_attestation_metadata.challenge
+    if authorization is None or not challenge:
+        if not response.ok and (ignore_body or not answer.HasField("rejection_info")):
+            raise _unexpected(what, response)
+        return False
+    proof = authorization.answer(challenge)
+    response = await send(proof.headers)
+    if not response.ok and response.status != 403:
+        raise _unexpected(what, response)
+    answer.Clear()
+    _parse(answer, response.body, what, ignore_body and response.ok)
+    if response.ok and answer.rejection_info.reason not in _NOT_TAKEN:
+        authorization.keep(proof)
+    if ignore_body and not response.ok:
+        raise _unexpected(what, response)
+    return True
+
+
+def _not_enrolled(what: str) -> DeviceRunFailed:
+    return DeviceRunFailed(
+        Reason.SERVER_ANSWER_INVALID,
+        f"{what}: the server asks for a proof, which this device does not have or which was not enough",
+        remedy="enrol the device with `fedcompute enrolment create` and give it its secret",
+    )
+
+
+def _rejected(info: federatedcompute_pb2.RejectionInfo, what: str, proven: bool) -> Rejected:
     kind = info.WhichOneof("metadata")
     if kind == "auth_metadata":
-        raise DeviceRunFailed(
-            Reason.SERVER_ANSWER_INVALID,
-            f"{what}: the server asks for a key attestation, which this device does not have",
-            remedy="switch attestation off at the server for this population",
-        )
+        raise _not_enrolled(what)
     if kind is None:
         raise DeviceRunFailed(Reason.SERVER_ANSWER_INVALID, f"{what}: a rejection without a retry window")
     known = federatedcompute_pb2.RejectionReason.Enum.values()
     name = federatedcompute_pb2.RejectionReason.Enum.Name(info.reason) if info.reason in known else "UNKNOWN"
     low, high = _seconds(info.retry_window.delay_min), _seconds(info.retry_window.delay_max)
-    return Rejected(name.lower(), RetryWindow(low, high) if low > 0 and high > 0 else None)
+    return Rejected(name.lower(), RetryWindow(low, high) if low > 0 and high > 0 else None, proven)
 
 
 def _seconds(duration: Duration) -> float:
@@ -233,14 +301,13 @@ def _seconds(duration: Duration) -> float:
     return (duration.seconds * 1000 + duration.nanos // 1_000_000) / 1000
 
 
-def _parse(
-    message: task_assignments_pb2.CreateTaskAssignmentResponse | task_assignments_pb2.ReportResultResponse,
-    body: bytes,
-    what: str,
-) -> None:
+def _parse(message: CheckInAnswer | ReportAnswer, body: bytes, what: str, ignore: bool = False) -> None:
     try:
         message.ParseFromString(body)
     except DecodeError:
+        message.Clear()
+        if ignore:
+            return
         detail = f"{what}: {len(body)} bytes that are no {type(message).__name__}"
         raise DeviceRunFailed(Reason.SERVER_ANSWER_INVALID, detail) from None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fedcompute.crypto.envelope import seal_update
 from fedcompute.crypto.keys import PublicKey
 from fedcompute.device import eligibility, protocol
+from fedcompute.device.authorization import Authorization, Prove
 from fedcompute.device.example_store import query_examples
 from fedcompute.device.history import TaskHistory
 from fedcompute.device.http import Transport
@@ -77,10 +78,11 @@ class RunOutcome:
 class _Ended(Exception):
     """A run that ends without a contribution and without an error."""
 
-    def __init__(self, reason: str, detail: str = "", window: float | None = None) -> None:
+    def __init__(self, reason: str, detail: str = "", window: float | None = None, counted: bool = False) -> None:
         self.reason = reason
         self.detail = detail
         self.window = window
+        self.counted = counted
 
 
 class _Failed(Exception):
@@ -128,8 +130,12 @@ class Device:
         on_state: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
         chance: random.Random | None = None,
+        prove: Prove | None = None,
     ) -> None:
-        """`on_state` is told each phase as it begins. `clock`: Unix seconds. `chance` draws retry delays."""
+        """`on_state` is told each phase as it begins. `clock`: Unix seconds. `chance` draws retry delays.
+
+        `prove` answers the challenges of a server that takes only devices it knows.
+        """
         self._settings = settings
         self._worker = worker
         self._transport = transport
@@ -142,6 +148,9 @@ class Device:
         self._on_state = on_state if on_state is not None else lambda state: None
         self._clock = clock
         self._chance = chance if chance is not None else random.Random()
+        self._authorization = None
+        if prove is not None:
+            self._authorization = Authorization(self._history, settings.server, settings.owner.id, prove, clock)
         self._job_id = settings.owner.job_id(settings.population)
         self._running = False
 
@@ -155,7 +164,7 @@ class Device:
         try:
             await self._contribute(run)
         except _Ended as end:
-            reason, detail, window, counted = end.reason, end.detail, end.window, False
+            reason, detail, window, counted = end.reason, end.detail, end.window, end.counted
         except _Failed as failure:
             reason, detail, window = failure.cause.reason.value, failure.cause.detail, failure.window
         except FedComputeError as error:
@@ -189,7 +198,7 @@ class Device:
         result = await self._compute(run, assignment, plan, checkpoint, records)
         body = result.update if key is None else await self._seal(run, assignment, result.update, key)
         with run.enter("report"):
-            answer = await protocol.report(self._transport, self._settings.server, assignment, _RESULTS.COMPLETED)
+            answer = await self._report(assignment, _RESULTS.COMPLETED)
             if isinstance(answer, Rejected):
                 raise self._rejection(answer)
         with run.enter("upload"):
@@ -205,9 +214,11 @@ class Device:
                 settings.population,
                 owner=settings.owner,
                 client_version=settings.client_version,
+                authorization=self._authorization,
             )
         if isinstance(answer, Rejected):
-            raise self._rejection(answer)
+            # A device whose proof was not taken must not ask for ever.
+            raise self._rejection(answer, counted=answer.proven)
         run.task_id, run.iteration_id = answer.task_id, answer.aggregation_id
         return answer
 
@@ -294,15 +305,21 @@ class Device:
     async def _report_failure(self, assignment: task_assignments_pb2.TaskAssignment, result: Result) -> bool:
         """Whether the server took note; a failure that cannot be reported changes nothing else."""
         try:
-            await protocol.report(self._transport, self._settings.server, assignment, result)
+            await self._report(assignment, result)
         except DeviceRunFailed as error:
             _LOG.info("failure report: %s", error.detail)
             return False
         return True
 
-    def _rejection(self, answer: Rejected) -> _Ended:
+    async def _report(
+        self, assignment: task_assignments_pb2.TaskAssignment, result: Result
+    ) -> task_assignments_pb2.UploadInstruction | Rejected:
+        server = self._settings.server
+        return await protocol.report(self._transport, server, assignment, result, authorization=self._authorization)
+
+    def _rejection(self, answer: Rejected, *, counted: bool = False) -> _Ended:
         window = answer.window.draw(self._chance) if answer.window is not None else None
-        return _Ended(answer.reason, "the server has no use for this device now", window)
+        return _Ended(answer.reason, "the server has no use for this device now", window, counted)
 
     def _remember(self, assignment: task_assignments_pb2.TaskAssignment, used: Sequence[TrainingExampleRecord]) -> None:
         population, task, now = assignment.population_name, assignment.task_id, self._clock()

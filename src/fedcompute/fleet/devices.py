@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fedcompute.device.authorization import Prove
 from fedcompute.device.history import TaskHistory
 from fedcompute.device.http import Transport
 from fedcompute.device.plan_runner import PlanRunner
@@ -16,7 +17,7 @@ from fedcompute.device.worker import (
     TrainingExampleOutput,
     TrainingExampleRecord,
 )
-from fedcompute.fleet.settings import FleetSettings
+from fedcompute.fleet.settings import FleetSettings, read_fleet_enrolments
 from fedcompute.models.datasets import examples, load_dataset
 
 # After a failure without a retry window, seconds; a phone would wait a quarter of an hour.
@@ -46,6 +47,7 @@ class Observer:
 
 async def run_devices(settings: FleetSettings, numbers: Sequence[int], observer: Observer) -> None:
     """Runs the devices `numbers` until cancelled; they start spread over `pause_maximum` seconds."""
+    enrolments = read_fleet_enrolments(settings)
     shards = list(load_dataset(settings.data, settings.devices, settings.seed).clients.values())
     runner = PlanRunner()
     try:
@@ -53,7 +55,8 @@ async def run_devices(settings: FleetSettings, numbers: Sequence[int], observer:
             for number in numbers:
                 images, labels = shards[number % len(shards)]
                 worker = ShardWorker(settings.population, examples(images, labels))
-                group.create_task(_run_device(settings, number, worker, transport, runner, observer))
+                prove = enrolments[number].prove if enrolments else None
+                group.create_task(_run_device(settings, number, worker, transport, runner, observer, prove))
     finally:
         runner.close()
 
@@ -65,6 +68,7 @@ async def _run_device(
     transport: Transport,
     runner: PlanRunner,
     observer: Observer,
+    prove: Prove | None,
 ) -> None:
     chance = random.Random(f"{settings.seed}/{number}")
     device = Device(
@@ -80,6 +84,7 @@ async def _run_device(
         history=TaskHistory(),
         on_state=lambda state: observer.state(number, state),
         chance=chance,
+        prove=prove,
     )
     await asyncio.sleep(chance.uniform(0, settings.pause_maximum))
     # A cancellation that something below has swallowed still counts: nobody will repeat it.

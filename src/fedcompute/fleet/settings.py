@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from fedcompute.device.authorization import Enrolment, read_enrolments
 from fedcompute.errors import OperationFailed, Reason
 
 
@@ -12,6 +14,7 @@ class FleetSettings:
 
     `pause_minimum`, `pause_maximum`: seconds between a contribution and the next check-in, drawn uniformly; the
     server's retry windows are obeyed as they come. `data`: name or path of a data set (`models.datasets`).
+    `enrolments`: file with a line `ID:SECRET` for each device, None for a server that takes any.
     """
 
     server_url: str
@@ -22,6 +25,7 @@ class FleetSettings:
     seed: int = 0
     pause_minimum: float = 0.1
     pause_maximum: float = 0.5
+    enrolments: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.processes <= self.devices:
@@ -38,3 +42,20 @@ class FleetSettings:
     @classmethod
     def from_json(cls, text: str) -> "FleetSettings":
         return cls(**json.loads(text))
+
+
+def read_fleet_enrolments(settings: FleetSettings) -> list[Enrolment]:
+    """The enrolments of the devices by their numbers, none for a server that takes any device.
+
+    Raises OperationFailed(SETTINGS_INVALID) for a file that cannot be read or has fewer lines than there are devices.
+    """
+    if settings.enrolments is None:
+        return []
+    enrolments = read_enrolments(Path(settings.enrolments))
+    if len(enrolments) < settings.devices:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            f"{len(enrolments)} enrolments for {settings.devices} devices",
+            remedy="every device needs one of its own: fedcompute enrolment create --count N",
+        )
+    return enrolments

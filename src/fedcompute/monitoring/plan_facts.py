@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
-from fedcompute.learning.plans import read_plan
+from fedcompute.learning.plans import parse_plan, read_plan
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.monitoring.task_privacy import PlanFacts
 from fedcompute.privacy.banded import column_norm
 from fedcompute.protos import learning_pb2
+from fedcompute.server.graph_plans.plan import carries_graphs
 
 # Of how many other tasks the names of metrics are asked for.
 _MOST_TASKS = 20
@@ -24,7 +25,8 @@ def plan_facts(api: OperatorApi, population: str, task_id: int, others: Iterable
     names = {task_id: _metric_names(view)}
     for other in [number for number in others if number != task_id][:_MOST_TASKS]:
         names[other] = _metric_names_of(api, population, other)
-    process = _process(api.plan(population, task_id))
+    stored = api.plan(population, task_id)
+    process = _process(stored)
     claim, banded = process.privacy_claim, process.banded_mf
     promised = process.HasField("privacy_claim")
     return PlanFacts(
@@ -34,6 +36,7 @@ def plan_facts(api: OperatorApi, population: str, task_id: int, others: Iterable
         column_norm=column_norm(banded.coefficients) if process.HasField("banded_mf") else None,
         metric_names=names,
         most_devices=int(view["task"].get("max_aggregation_size") or 0) or None,
+        has_graphs=_has_graphs(stored),
     )
 
 
@@ -42,6 +45,13 @@ def _process(plan: bytes) -> learning_pb2.LearningProcess:
         return read_plan(plan).learning_process
     except ArtifactInvalid:
         return learning_pb2.LearningProcess()
+
+
+def _has_graphs(plan: bytes) -> bool:
+    try:
+        return carries_graphs(parse_plan(plan))
+    except ArtifactInvalid:
+        return False
 
 
 def _metric_names_of(api: OperatorApi, population: str, task_id: int) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class PlanFacts:
 
     `known`: whether the plan was read. It promises `promised_epsilon` after `promised_rounds` rounds. `column_norm`: of
     a banded factorization's matrix. `metric_names`: by task id, what the entries "metrics" stand for. `most_devices`:
-    that a round may hold.
+    that a round may hold. `has_graphs`: whether its server half is graphs, whose noise nothing here counts.
     """
 
     known: bool = False
@@ -41,6 +41,7 @@ class PlanFacts:
     column_norm: float | None = None
     metric_names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     most_devices: int | None = None
+    has_graphs: bool = False
 
 
 @dataclass(frozen=True)

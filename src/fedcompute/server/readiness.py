@@ -1,6 +1,7 @@
 """Whether the parts that a server needs do their work, asked so that an answer always comes."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fedcompute.errors import FedComputeError
 
+_LOG = logging.getLogger(__name__)
 # A part that has not answered by then does not work, whatever it says later.
 PATIENCE_S = 2.0
 _FRESH_S = 1.0
@@ -38,9 +40,10 @@ class Readiness:
         self._parts = parts
         self._patience = patience
         self._looks: dict[str, _Look] = {}
+        self._told: set[str] = set()
 
     async def problems(self) -> dict[str, str]:
-        """What does not work, by part; takes no longer than the patience. For one event loop."""
+        """What does not work, by part; takes no longer than the patience. Changes are logged. For one event loop."""
         asked = {name: self._look(name) for name in self._parts}
         deadline = time.monotonic() + self._patience
         while any(not one.done.is_set() for one in asked.values()) and time.monotonic() < deadline:
@@ -51,7 +54,15 @@ class Readiness:
                 found[name] = f"no answer for {time.monotonic() - one.began:.0f} s"
             elif one.problem is not None:
                 found[name] = one.problem
+        self._tell(found)
         return found
+
+    def _tell(self, found: Mapping[str, str]) -> None:
+        for name in found.keys() - self._told:
+            _LOG.warning("not ready: %s: %s", name, found[name])
+        for name in self._told - found.keys():
+            _LOG.warning("%s does its work again", name)
+        self._told = set(found)
 
     def _look(self, name: str) -> _Look:
         known = self._looks.get(name)

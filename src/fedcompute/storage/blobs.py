@@ -30,6 +30,7 @@ CHUNK_BYTES = 1 << 20
 DELETE_LIMIT = 1000
 _ABORT_SECONDS = 10.0
 _PART_BYTES = 5 << 20  # the smallest part that S3 takes
+_LOCAL_PART_BYTES = 256 << 10  # hundreds of slow uploads lie in memory at once
 # A store that is down is told of within half a minute: whoever waits tries again by its own rules.
 _RETRY: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
 _CLIENT: "ClientConfig" = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}
@@ -140,7 +141,7 @@ class BlobStore:
             key,
             _chain(first, counted),
             attributes=self._attributes(first[:3]),
-            chunk_size=_PART_BYTES,
+            chunk_size=_PART_BYTES if self._keeps_attributes else _LOCAL_PART_BYTES,
             max_concurrency=2,
         )
         writing = asyncio.ensure_future(put)

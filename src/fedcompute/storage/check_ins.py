@@ -3,12 +3,12 @@
 import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import bindparam, delete, func, insert, select
 
 from fedcompute.storage import schema, transitions
 from fedcompute.storage.assignments import CONTRIBUTES_NOTHING, AssignmentRow, assignment_row, chunks
@@ -96,8 +96,9 @@ def assign_all(
         raise ValueError(f"check-ins of {len(populations)} populations in one transaction")
     for population in populations:
         lock_population(tx, population)
-    desk = _Desk(tx, check_ins, now)
-    answers = [desk.standing_answer(one) or desk.give(one, choose) for one in check_ins]
+    asking = [_Asking(one) for one in check_ins]
+    desk = _Desk(tx, asking, now)
+    answers = [desk.standing_answer(one) or desk.give(one, choose) for one in asking]
     desk.write()
     return answers
 
@@ -107,8 +108,9 @@ def standing_answers(tx: Transaction, check_ins: Sequence[CheckIn], now: datetim
 
     So a population that is full, or has nothing to do, costs no write transaction.
     """
-    desk = _Desk(tx, check_ins, now)
-    return [desk.standing_answer(one) for one in check_ins]
+    asking = [_Asking(one) for one in check_ins]
+    desk = _Desk(tx, asking, now)
+    return [desk.standing_answer(one) for one in asking]
 
 
 def forget_idempotency(tx: Transaction, now: datetime) -> int:
@@ -124,9 +126,8 @@ def has_room(tx: Transaction, iteration: IterationRow) -> bool:
 
 def free_places(tx: Transaction, iteration: IterationRow) -> int:
     """How many more assignments the iteration takes; not negative."""
-    table = schema.assignment
-    query = select(func.count()).where(schema.of_iteration(table, iteration.key), table.c.status <= _PLACE_LIMIT)
-    return max(0, iteration.max_aggregation_size - tx.execute(query).scalar_one())
+    taken = tx.execute(_TAKEN, _iteration_columns(iteration.key)).scalar_one()
+    return max(0, iteration.max_aggregation_size - taken)
 
 
 @dataclass(frozen=True)
@@ -146,45 +147,53 @@ class _Candidate:
         return low <= client_version <= high
 
 
+class _Asking:
+    """A check-in and what is worked out about it once."""
+
+    def __init__(self, check_in: CheckIn) -> None:
+        self.check_in = check_in
+        self.key_hash = None if check_in.idempotency_key is None else _key_hash(check_in)
+
+
 class _Desk:
     """What one transaction knows about the check-ins before it, and the places that it has given away.
 
     Asks the database for each thing once, when the first check-in needs it.
     """
 
-    def __init__(self, tx: Transaction, check_ins: Sequence[CheckIn], now: datetime) -> None:
+    def __init__(self, tx: Transaction, asking: Sequence[_Asking], now: datetime) -> None:
         self._tx = tx
         self._now = now
         self._candidates: dict[str, list[_Candidate]] = {}
+        self._fitting: dict[tuple[str, int], list[_Candidate]] = {}
         self._free: dict[IterationKey, int] = {}
         self._closed: dict[str, bool] = {}
         self._tasks: dict[TaskKey, TaskRow] = {}
         self._rows: list[dict[str, Any]] = []
         self._given: dict[str, str] = {}  # idempotency key's hash -> session
-        self._repeatable = self._find_repeatable(check_ins)
-        self._newest = self._find_participations(check_ins)
+        self._repeatable = self._find_repeatable([one.key_hash for one in asking if one.key_hash is not None])
+        self._newest = self._find_participations([one.check_in for one in asking])
 
-    def standing_answer(self, one: CheckIn) -> Assigned | Declined | None:
+    def standing_answer(self, asking: _Asking) -> Assigned | Declined | None:
         """The assignment that the check-in repeats, or why there is none for it; None if there is a place."""
-        if one.idempotency_key is not None and (earlier := self._repeatable.get(_key_hash(one))) is not None:
+        if asking.key_hash is not None and (earlier := self._repeatable.get(asking.key_hash)) is not None:
             return earlier
+        one = asking.check_in
         if self._open_to(one):
             return None
         candidates = self._of_population(one.population)
         fitting = any(candidate.fits(one.client_version) for candidate in candidates)
         return Declined(_decline_kind(bool(candidates), self._is_closed(one.population), fitting))
 
-    def give(self, one: CheckIn, choose: Callable[[int], int]) -> Assigned:
+    def give(self, asking: _Asking, choose: Callable[[int], int]) -> Assigned:
         """Gives a place to a check-in for which there is one; `write` stores it."""
-        key = _weighted(self._open_to(one), choose).key
-        session_id = str(uuid.uuid4())
+        one = asking.check_in
+        iteration = _weighted(self._open_to(one), choose)
+        key, session_id = iteration.key, str(uuid.uuid4())
         self._free[key] -= 1
         self._rows.append(
             {
-                "population_name": key.population,
-                "task_id": key.task_id,
-                "iteration_id": key.iteration_id,
-                "attempt_id": key.attempt_id,
+                **_iteration_columns(key),
                 "session_id": session_id,
                 "correlation_id": one.correlation_id,
                 "token_hash": one.token_hash,
@@ -202,57 +211,55 @@ class _Desk:
             token_hash=one.token_hash,
             participant=one.participant,
         )
-        iteration = next(found.iteration for found in self._of_population(one.population) if found.iteration.key == key)
-        answer = Assigned(assignment, iteration, self._task(key.task))
-        if one.idempotency_key is not None:
-            self._given[_key_hash(one)] = session_id
-            self._repeatable[_key_hash(one)] = replace(answer, repeated=True)
+        task = self._task(key.task)
+        if asking.key_hash is not None:
+            self._given[asking.key_hash] = session_id
+            self._repeatable[asking.key_hash] = Assigned(assignment, iteration, task, repeated=True)
         if one.participant is not None:
-            self._newest[one.participant, key.task] = max(
-                key.iteration_id, self._newest.get((one.participant, key.task), 0)
-            )
-        return answer
+            newest = self._newest.get((one.participant, key.task), 0)
+            self._newest[one.participant, key.task] = max(key.iteration_id, newest)
+        return Assigned(assignment, iteration, task)
 
     def write(self) -> None:
         """Stores what was given away."""
         if self._rows:
             transitions.enter_all(self._tx, transitions.ASSIGNMENT, self._rows, AssignmentStatus.ASSIGNED, self._now)
         if self._given:
-            table = schema.idempotency
             for chunk in chunks(list(self._given)):
-                self._tx.execute(delete(table).where(table.c.key_hash.in_(chunk)))
+                self._tx.execute(_FORGET, {"hashes": chunk})
             expires = self._now + IDEMPOTENCY_LIFETIME
-            self._tx.execute(
-                insert(table),
-                [
-                    {"key_hash": key_hash, "session_id": session_id, "expires": expires}
-                    for key_hash, session_id in self._given.items()
-                ],
-            )
+            remembered = [
+                {"key_hash": key_hash, "session_id": session_id, "expires": expires}
+                for key_hash, session_id in self._given.items()
+            ]
+            self._tx.execute(insert(schema.idempotency), remembered)
 
     def _open_to(self, one: CheckIn) -> list[tuple[IterationRow, int]]:
         """The iterations with a place for this check-in: of rounds of one task that overlap the first only.
 
-        So the task counts once. Where a task of weight above 0 is at work for such devices, with or without a place,
-        those of weight 0 have none.
+        So the task counts once.
         """
-        least = min(1, max((each.weight for each in self._at_work(one)), default=0))
         first: dict[TaskKey, tuple[IterationRow, int]] = {}
-        for candidate in self._of_population(one.population):
+        for candidate in self._fitting_version(one.population, one.client_version):
             key = candidate.iteration.key
-            if (
-                key.task not in first
-                and candidate.weight >= least
-                and candidate.fits(one.client_version)
-                and self._places(candidate.iteration) > 0
-                and self._may_participate(one, key)
-            ):
+            if key.task not in first and self._places(candidate.iteration) > 0 and self._may_participate(one, key):
                 first[key.task] = candidate.iteration, candidate.weight
         return list(first.values())
 
-    def _at_work(self, one: CheckIn) -> list[_Candidate]:
-        candidates = self._of_population(one.population)
-        return [each for each in candidates if not each.is_paused and each.admits(one.client_version)]
+    def _fitting_version(self, population: str, version: int) -> list[_Candidate]:
+        """The candidates for devices of a version, apart from their places.
+
+        Where a task of weight above 0 is at work for such devices, with or without a place, those of weight 0 have
+        none.
+        """
+        if (population, version) not in self._fitting:
+            candidates = self._of_population(population)
+            weights = [one.weight for one in candidates if not one.is_paused and one.admits(version)]
+            least = min(1, max(weights, default=0))
+            self._fitting[population, version] = [
+                one for one in candidates if one.weight >= least and one.fits(version)
+            ]
+        return self._fitting[population, version]
 
     def _places(self, iteration: IterationRow) -> int:
         if iteration.key not in self._free:
@@ -290,21 +297,11 @@ class _Desk:
             self._tasks[key] = task
         return self._tasks[key]
 
-    def _find_repeatable(self, check_ins: Sequence[CheckIn]) -> dict[str, Assigned]:
-        table, remembered = schema.assignment, schema.idempotency
-        hashes = [_key_hash(one) for one in check_ins if one.idempotency_key is not None]
+    def _find_repeatable(self, hashes: Sequence[str]) -> dict[str, Assigned]:
         rows = [
             row
             for chunk in chunks(hashes)
-            for row in self._tx.execute(
-                select(table, remembered.c.key_hash)
-                .join(remembered, remembered.c.session_id == table.c.session_id)
-                .where(
-                    remembered.c.key_hash.in_(chunk),
-                    remembered.c.expires > self._now,
-                    table.c.status == int(AssignmentStatus.ASSIGNED),
-                )
-            )
+            for row in self._tx.execute(_REPEATABLE, {"hashes": chunk, "now": self._now})
         ]
         found: dict[str, Assigned] = {}
         iterations: dict[IterationKey, IterationRow | None] = {}
@@ -342,19 +339,8 @@ class _Desk:
 
 
 def _candidates(tx: Transaction, population: str) -> list[_Candidate]:
-    table, task = schema.iteration, schema.task
-    query = (
-        select(table, task.c.status.label("task_status"))
-        .join(task, (task.c.population_name == table.c.population_name) & (task.c.task_id == table.c.task_id))
-        .where(
-            table.c.population_name == population,
-            table.c.status.in_([int(status) for status in ACTIVE_ITERATION]),
-            task.c.status.in_([int(status) for status in STARTED_TASK]),
-        )
-        .order_by(table.c.task_id, table.c.iteration_id, table.c.attempt_id)
-    )
     found = []
-    for row in tx.execute(query):
+    for row in tx.execute(_CANDIDATES, {"population": population}):
         iteration = iteration_row(row)
         is_open = iteration.status is IterationStatus.COLLECTING and row.task_status == TaskStatus.OPEN
         is_paused = row.task_status == TaskStatus.PAUSED
@@ -364,10 +350,13 @@ def _candidates(tx: Transaction, population: str) -> list[_Candidate]:
 
 def _started_tasks(tx: Transaction, population: str) -> set[int]:
     # One without a round is between two, before its start time, or an evaluation that waits for a model.
-    table = schema.task
-    started = table.c.status.in_([int(status) for status in STARTED_TASK])
-    query = select(table.c.task_id).where(table.c.population_name == population, started)
-    return set(tx.execute(query).scalars())
+    return set(tx.execute(_STARTED, {"population": population}).scalars())
+
+
+def _iteration_columns(key: IterationKey) -> dict[str, Any]:
+    return dict(
+        zip(schema.ITERATION_COLUMNS, (key.population, key.task_id, key.iteration_id, key.attempt_id), strict=True)
+    )
 
 
 def _decline_kind(any_candidate: bool, any_closed: bool, any_fitting: bool) -> DeclineKind:
@@ -394,3 +383,33 @@ def _weighted(free: Sequence[tuple[IterationRow, int]], choose: Callable[[int], 
 
 def _key_hash(one: CheckIn) -> str:
     return hashlib.sha256(f"{one.population}/{one.idempotency_key}".encode()).hexdigest()
+
+
+# Made once: to build a question takes as long as to ask it.
+_ITERATION, _TASK, _ASSIGNMENT, _KEYS = schema.iteration.c, schema.task.c, schema.assignment.c, schema.idempotency.c
+_STARTED = select(_TASK.task_id).where(
+    _TASK.population_name == bindparam("population"), _TASK.status.in_([int(status) for status in STARTED_TASK])
+)
+_CANDIDATES = (
+    select(schema.iteration, _TASK.status.label("task_status"))
+    .join(schema.task, (_TASK.population_name == _ITERATION.population_name) & (_TASK.task_id == _ITERATION.task_id))
+    .where(
+        _ITERATION.population_name == bindparam("population"),
+        _ITERATION.status.in_([int(status) for status in ACTIVE_ITERATION]),
+        _TASK.status.in_([int(status) for status in STARTED_TASK]),
+    )
+    .order_by(_ITERATION.task_id, _ITERATION.iteration_id, _ITERATION.attempt_id)
+)
+_TAKEN = select(func.count()).where(
+    *(_ASSIGNMENT[name] == bindparam(name) for name in schema.ITERATION_COLUMNS), _ASSIGNMENT.status <= _PLACE_LIMIT
+)
+_REPEATABLE = (
+    select(schema.assignment, _KEYS.key_hash)
+    .join(schema.idempotency, _KEYS.session_id == _ASSIGNMENT.session_id)
+    .where(
+        _KEYS.key_hash.in_(bindparam("hashes", expanding=True)),
+        _KEYS.expires > bindparam("now"),
+        _ASSIGNMENT.status == int(AssignmentStatus.ASSIGNED),
+    )
+)
+_FORGET = delete(schema.idempotency).where(_KEYS.key_hash.in_(bindparam("hashes", expanding=True)))

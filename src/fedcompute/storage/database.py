@@ -62,9 +62,10 @@ class Database:
         self._turn = threading.RLock()
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, *, upgrades: bool = True) -> Self:
         """Opens `sqlite:///file` or `postgresql://...` and applies what migrations are missing.
 
+        Without `upgrades` a database of another schema, or without one, is refused like one of a newer release.
         Raises OperationFailed(SETTINGS_INVALID) for a URL that names no supported database or one whose driver is not
         installed, and OperationFailed(STORAGE_FAILED) if it cannot be reached, refuses to be set up or was written by
         a newer release.
@@ -82,7 +83,10 @@ class Database:
             raise OperationFailed(Reason.SETTINGS_INVALID, f"no support for {name} databases")
         database = cls(engine)
         try:
-            database._migrate()
+            if upgrades:
+                database._migrate()
+            else:
+                database._require_head()
         except BaseException as error:
             database.close()
             if isinstance(error, DBAPIError):
@@ -176,6 +180,18 @@ class Database:
             words = words.replace(secret, "***")
         return OperationFailed(Reason.STORAGE_FAILED, f"the database refused: {words}")
 
+    def _require_head(self) -> None:
+        with self.read() as tx:
+            known = inspect(tx).has_table("alembic_version")
+            version = tx.execute(text("SELECT version_num FROM alembic_version")).scalar() if known else None
+        if version != HEAD:
+            found = f"has schema {version}" if version is not None else "holds no server's data"
+            raise OperationFailed(
+                Reason.STORAGE_FAILED,
+                f"the database {found}, this release knows {HEAD}",
+                remedy="use the release of the server that writes it; a server upgrades its database when it starts",
+            )
+
     def _migrate(self) -> None:
         with self.write() as tx:
             if tx.dialect.name == "postgresql":
@@ -217,14 +233,9 @@ def sqlite_file(url: str) -> Path | None:
 
     Raises OperationFailed(STORAGE_FAILED) if the folder cannot be made.
     """
-    try:
-        parsed = make_url(url)
-        name = parsed.get_backend_name()
-    except (ArgumentError, NoSuchModuleError, ValueError):
+    path = sqlite_path(url)
+    if path is None:
         return None
-    if name != "sqlite" or not parsed.database or parsed.database == ":memory:":
-        return None
-    path = Path(parsed.database)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -232,6 +243,18 @@ def sqlite_file(url: str) -> Path | None:
             Reason.STORAGE_FAILED, f"the database's folder cannot be made: {error.strerror}"
         ) from error
     return path
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file that an SQLite URL names, there or not; None for any other URL, also an unreadable one."""
+    try:
+        parsed = make_url(url)
+        name = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError):
+        return None
+    if name != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        return None
+    return Path(parsed.database)
 
 
 def _sqlite_engine(url: URL) -> Engine:

@@ -163,7 +163,7 @@ def active_iterations(tx: Transaction, task: TaskKey) -> list[IterationRow]:
 
 
 def tasks_to_advance(tx: Transaction, *, after: TaskKey | None = None, limit: int = LIST_LIMIT) -> list[TaskRow]:
-    """OPEN and PAUSED tasks without a round under way, or that may have several, by key; at most `limit` behind `after`."""
+    """OPEN and PAUSED tasks without a round under way, or that may have several, by key, at most `limit`."""
     table, rounds = schema.task, schema.iteration
     active = (
         select(rounds.c.task_id)

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Table, exists, insert, select, text, updat
 from sqlalchemy import delete as delete_rows
 from sqlalchemy.exc import IntegrityError
 
-from fedcompute.crypto.sealing import Sealer, place
+from fedcompute.crypto.sealing import ONE_SECRET, Sealer, place
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.storage import schema
 from fedcompute.storage.database import Transaction
@@ -135,6 +135,17 @@ def ensure_secret(tx: Transaction, sealer: Sealer, name: str, candidate: bytes, 
     return sealer.open(context, bytes(stored.value), stored.sealed_with)
 
 
+def check_secret(tx: Transaction, sealer: Sealer) -> None:
+    """Raises ArtifactInvalid(SECRET_UNREADABLE) if anything is sealed with another operator secret; opens nothing."""
+    others = sorted(one for one in sealed_with(tx) if one is not None and one != sealer.id)
+    if others:
+        raise ArtifactInvalid(
+            Reason.SECRET_UNREADABLE,
+            f"the database is sealed with operator secret {', '.join(others)}, this process has {sealer.id}",
+            remedy=ONE_SECRET,
+        )
+
+
 def seal_plain(tx: Transaction, sealer: Sealer) -> int:
     """Seals what a release without operator secrets stored in plain; returns how many values that were."""
     lock_keys(tx)
@@ -162,15 +173,24 @@ def reseal(tx: Transaction, old: Sealer, new: Sealer) -> int:
     return count
 
 
-def check_sealed(tx: Transaction, sealer: Sealer) -> None:
-    """Opens every stored secret once; raises ArtifactInvalid(SECRET_UNREADABLE) that names the first that does not."""
+def check_sealed(tx: Transaction, sealer: Sealer) -> int:
+    """Opens every stored secret once; returns how many there are.
+
+    Raises ArtifactInvalid(SECRET_UNREADABLE) that names the first that does not open.
+    """
+    count = 0
     for _, row, context, value in _values(tx):
         sealer.open(context, value, row.sealed_with)
+        count += 1
+    return count
 
 
-def sealed_with(tx: Transaction) -> set[str]:
-    """The ids of the operator secrets that stored values are sealed with."""
-    return {row.sealed_with for _, row, _, _ in _values(tx) if row.sealed_with is not None}
+def sealed_with(tx: Transaction) -> set[str | None]:
+    """The ids of the operator secrets that stored values are sealed with; None if some are in plain."""
+    found: set[str | None] = set()
+    for table in _COLUMN:
+        found |= set(tx.execute(select(table.c.sealed_with).distinct()).scalars())
+    return found
 
 
 def _key_rows(tx: Transaction, sealer: Sealer, *conditions: ColumnElement[bool], limit: int) -> list[EncryptionKeyRow]:
@@ -197,26 +217,29 @@ def _needed(keys: Table) -> ColumnElement[bool]:
     return exists().where(active, (rounds.c.created_time <= keys.c.expires) | given)
 
 
+_COLUMN = {
+    schema.encryption_key: schema.encryption_key.c.private_key,
+    schema.server_secret: schema.server_secret.c.value,
+    schema.enrolment: schema.enrolment.c.secret,
+}
+
+
 def _values(tx: Transaction) -> Iterator[tuple[Table, Any, str, bytes]]:
-    """Every secret of the database: its table, row, place, and the bytes as stored."""
-    keys, named, enrolments = schema.encryption_key, schema.server_secret, schema.enrolment
-    for row in tx.execute(select(keys).order_by(keys.c.id)).all():
-        yield keys, row, _key_place(row.id, bytes(row.public_key)), bytes(row.private_key)
-    for row in tx.execute(select(named).order_by(named.c.name)).all():
-        yield named, row, place(named.name, row.name), bytes(row.value)
-    for row in tx.execute(select(enrolments).order_by(enrolments.c.id)).all():
-        yield enrolments, row, place(enrolments.name, row.id), bytes(row.secret)
-
-
-_COLUMN = {"encryption_key": "private_key", "server_secret": "value", "enrolment": "secret"}
+    """Every secret of the database: its table, row, place, and the bytes as stored. Rows may be changed meanwhile."""
+    for table, column in _COLUMN.items():
+        (key,) = table.primary_key.columns
+        rows = tx.execute(select(table).order_by(key).limit(LIST_LIMIT)).all()
+        while rows:
+            for row in rows:
+                name = getattr(row, key.name)
+                is_key = table is schema.encryption_key
+                context = _key_place(name, bytes(row.public_key)) if is_key else place(table.name, name)
+                yield table, row, context, bytes(getattr(row, column.name))
+            rows = tx.execute(select(table).where(key > name).order_by(key).limit(LIST_LIMIT)).all()
 
 
 def _store(tx: Transaction, table: Table, row: Any, value: bytes, sealed_with: str) -> None:
     (key,) = table.primary_key.columns
-    written = tx.execute(
-        update(table)
-        .where(key == getattr(row, key.name))
-        .values({_COLUMN[table.name]: value, "sealed_with": sealed_with})
-    ).rowcount
-    if written != 1:
+    values = {_COLUMN[table].name: value, "sealed_with": sealed_with}
+    if tx.execute(update(table).where(key == getattr(row, key.name)).values(values)).rowcount != 1:
         raise ArtifactInvalid(Reason.SECRET_UNREADABLE, f"a row of {table.name} went while it was sealed")

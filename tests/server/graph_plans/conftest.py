@@ -112,9 +112,9 @@ def one_graph(kind="TRAINING", before_sum=None):
                 moved = state[name] - state["server/finalizer/learning_rate"] * mean
                 steps.append(state[name].assign(moved))
         apply = tf.group(*steps)
-        told = tf.group(*(
-            variable.assign(state[name]) for variable, name in zip(client.values(), WEIGHTS, strict=True)
-        ))
+        told = tf.group(
+            *(variable.assign(state[name]) for variable, name in zip(client.values(), WEIGHTS, strict=True))
+        )
         metric = tf.identity(next(iter(metrics.values())).read_value())
 
     def checkpoint_op(saver_def, **operations):
@@ -152,26 +152,42 @@ def two_graphs(kind="TRAINING"):
         return v1.placeholder(tf.string, [], name)
 
     def restored(path, leaves):
-        return {name: tf.raw_ops.RestoreV2(prefix=path, tensor_names=[name], shape_and_slices=[""], dtypes=[dtype])[0]
-                for name, (_, dtype) in leaves.items()}
+        return {
+            name: tf.raw_ops.RestoreV2(prefix=path, tensor_names=[name], shape_and_slices=[""], dtypes=[dtype])[0]
+            for name, (_, dtype) in leaves.items()
+        }
 
     def save(path, leaves, name):
-        tf.raw_ops.SaveSlices(filename=path, tensor_names=list(leaves), shapes_and_slices=[""] * len(leaves),
-                              data=list(leaves.values()), name=name)
+        tf.raw_ops.SaveSlices(
+            filename=path,
+            tensor_names=list(leaves),
+            shapes_and_slices=[""] * len(leaves),
+            data=list(leaves.values()),
+            name=name,
+        )
 
     def spec(into, names):
         for name in names:
             into.input_tensor_specs.add(name=f"{name}:0", dtype=7)
 
     with tf.Graph().as_default() as graph:
-        names = ["server_state_input_filepath", "server_prepare_output_filepath",
-                 "server_intermediate_state_output_filepath"]
+        names = [
+            "server_state_input_filepath",
+            "server_prepare_output_filepath",
+            "server_intermediate_state_output_filepath",
+        ]
         state_file, client_file, kept_file = map(placeholder, names)
         state = restored(state_file, STATE)
-        save(client_file, {f"client/0/trainable/{i}": state[name] for i, name in enumerate(WEIGHTS)},
-             "save_prepared_values_tensors")
-        save(kept_file, {f"intermediate_state/0/{name.partition('/')[2]}": value for name, value in state.items()},
-             "save_intermediate_state_values_tensors")
+        save(
+            client_file,
+            {f"client/0/trainable/{i}": state[name] for i, name in enumerate(WEIGHTS)},
+            "save_prepared_values_tensors",
+        )
+        save(
+            kept_file,
+            {f"intermediate_state/0/{name.partition('/')[2]}": value for name, value in state.items()},
+            "save_intermediate_state_values_tensors",
+        )
     plan.server_graph_prepare_bytes.value = graph.as_graph_def().SerializeToString()
     spec(phase.tensorflow_spec_prepare, names)
     phase.tensorflow_spec_prepare.target_node_names.extend(
@@ -182,8 +198,11 @@ def two_graphs(kind="TRAINING"):
     phase.prepare_router.prepare_intermediate_state_output_filepath_tensor_name = f"{names[2]}:0"
 
     with tf.Graph().as_default() as graph:
-        names = ["server_intermediate_state_input_filepath", "aggregate_result_input_filepath",
-                 "server_state_output_filepath"]
+        names = [
+            "server_intermediate_state_input_filepath",
+            "aggregate_result_input_filepath",
+            "server_state_output_filepath",
+        ]
         kept_file, aggregate_file, state_file = map(placeholder, names)
         kept = {f"intermediate_state/0/{name.partition('/')[2]}": leaf for name, leaf in STATE.items()}
         state = dict(zip(STATE, restored(kept_file, kept).values(), strict=True))
@@ -206,8 +225,10 @@ def two_graphs(kind="TRAINING"):
     phase.result_router.result_server_state_output_filepath_tensor_name = f"{names[2]}:0"
     for name, (shape, dtype) in UPDATE.items():
         one = phase.aggregations.add(intrinsic_uri="federated_sum")
-        for to, leaf in ((one.intrinsic_args.add().input_tensor, name),
-                         (one.output_tensors.add(), f"intermediate_update/0/{name.partition('/')[2]}")):
+        for to, leaf in (
+            (one.intrinsic_args.add().input_tensor, name),
+            (one.output_tensors.add(), f"intermediate_update/0/{name.partition('/')[2]}"),
+        ):
             to.name, to.dtype = leaf, dtype.as_datatype_enum
             for size in shape:
                 to.shape.dim.add(size=size)

@@ -24,9 +24,13 @@ def test_a_folder_is_private_and_gone_afterwards(root):
 
 
 def test_a_folder_is_gone_after_an_error(root):
-    with pytest.raises(ValueError), private_folder() as folder:
-        (folder / "update").write_bytes(b"secret")
-        raise ValueError
+    def fail():
+        with private_folder() as folder:
+            (folder / "update").write_bytes(b"secret")
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        fail()
     assert list(root.iterdir()) == []
 
 

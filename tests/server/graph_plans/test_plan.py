@@ -1,7 +1,8 @@
+import gc
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+import weakref
 
 import numpy as np
 import pytest
@@ -138,11 +139,44 @@ def test_an_update_that_the_graph_refuses_halfway_leaves_nothing_in_the_sum(grap
 
     # The weights are added whether or not the number of devices is accepted.
     plan = open_graph_plan(graphs.one_graph(before_sum=only_one))
-    good, bad = [graphs.update_of(seed) for seed in range(3)], {**graphs.update_of(9), "update/0": np.array(7, np.int32)}
+    good = [graphs.update_of(seed) for seed in range(3)]
+    bad = {**graphs.update_of(9), "update/0": np.array(7, np.int32)}
     total = total_of(plan, [good[0], bad, good[1], bad, good[2]])
     assert {one: error.reason for one, error in total.refused.items()} == dict.fromkeys("13", Reason.GRAPH_FAILED)
     assert total.num_inputs == 3
     assert total.partial == total_of(plan, good).partial
+    # What TensorFlow says of a failed assertion quotes the values.
+    assert all("7" not in error.detail for error in total.refused.values())
+
+
+def test_one_update_at_a_time_is_in_memory(opened, graphs):
+    alive = []
+
+    def fetch(session_id):
+        gc.collect()
+        assert not any(one() is not None for one in alive)
+        update = graphs.update_of(int(session_id))
+        alive[:] = [weakref.ref(value) for value in update.values()]
+        return update
+
+    assert add_up(opened, [str(number) for number in range(5)], fetch).num_inputs == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plan_with_updates_of_over_500_mib_is_refused(graphs, form):
+    plan = getattr(graphs, form)()
+    if form == "one_graph":
+        definition = tf.compat.v1.GraphDef.FromString(plan.server_graph_bytes.value)
+        node = next(one for one in definition.node if one.op == "VarHandleOp" and one.name == "update/2/0")
+        node.attr["shape"].shape.dim[0].size = 1 << 40
+        plan.server_graph_bytes.value = definition.SerializeToString()
+    else:
+        leaf = plan.phase[0].server_phase_v2.aggregations[3]
+        for one in (leaf.intrinsic_args[0].input_tensor, leaf.output_tensors[0]):
+            one.shape.dim[0].size = 1 << 40
+    with pytest.raises(ArtifactInvalid) as refused:
+        open_graph_plan(plan)
+    assert refused.value.reason in (Reason.CHECKPOINT_TOO_LARGE, Reason.PLAN_MALFORMED)
 
 
 def test_a_plan_whose_graph_takes_no_update_at_all_is_found_out_at_once(graphs):

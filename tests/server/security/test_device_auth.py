@@ -203,13 +203,13 @@ def test_a_phone_that_is_not_as_it_must_be_is_refused(device_of, claims, reason)
     assert decisions(running)[f"refused: {reason}"] == 1
 
 
-def test_each_kind_of_device_is_taken_only_where_the_setting_says_so(server, enrol, maker, devices):
+def test_each_kind_of_device_is_taken_only_where_the_setting_says_so(server, enrol, maker, devices, tmp_path):
     for kinds in ("enrolment", "attestation"):
-        running = server(kinds)
+        running = server(kinds, data_dir=tmp_path / kinds)
         other = enrol(running.api) if kinds == "attestation" else devices.attested(running.api, maker)
         is_turned_away(other.check_in("digits", other.answer(other.check_in("digits"))), 403, Rejection.UNAUTHORIZED)
         assert decisions(running)["refused: proof_not_taken"] == 1
-    running = server("both")
+    running = server("both", data_dir=tmp_path / "both")
     for device in (enrol(running.api), devices.attested(running.api, maker)):
         assert device.check_in("digits", device.answer(device.check_in("digits"))).status_code == 200
 

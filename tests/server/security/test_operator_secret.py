@@ -15,7 +15,7 @@ from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 from fedcompute.server.security.operator_secret import make_secret_file, open_sealer, read_secret_file
 from fedcompute.server.security.secret_rotation import rotate_secret
 from fedcompute.storage.database import Database
-from fedcompute.storage.secrets import check_sealed, private_keys, sealed_with
+from fedcompute.storage.secrets import private_keys, sealed_with
 
 KEYS = "/.well-known/odp/v1/public-keys"
 
@@ -120,9 +120,9 @@ def test_a_server_whose_secret_is_gone_or_another_does_not_start_and_names_both(
     assert right.id in raised.value.detail
     assert not path.exists()
     make_secret_file(path)
-    wrong = open_sealer(settings, database)
-    with database.read() as tx, pytest.raises(ArtifactInvalid) as raised:
-        check_sealed(tx, wrong)
+    wrong = sealer_of(path.read_bytes())
+    with pytest.raises(ArtifactInvalid) as raised:
+        open_sealer(settings, database)
     assert raised.value.reason is Reason.SECRET_UNREADABLE
     assert {right.id, wrong.id} <= set(raised.value.detail.replace(",", " ").split())
     assert "FEDCOMPUTE_SECRET" in raised.value.remedy

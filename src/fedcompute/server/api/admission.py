@@ -191,13 +191,16 @@ class _Room:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        if self._free.locked() and not self._patience:
+        if not self._free.locked():
+            await self._free.acquire()
+        elif not self._patience:
             raise _NoRoom(f"{self._places} are under way")
-        try:
-            async with asyncio.timeout(self._patience or None):
-                await self._free.acquire()
-        except TimeoutError:
-            raise _NoRoom(f"{self._places} are under way, for {self._patience:.0f} s") from None
+        else:
+            try:
+                async with asyncio.timeout(self._patience):
+                    await self._free.acquire()
+            except TimeoutError:
+                raise _NoRoom(f"{self._places} are under way, for {self._patience:.0f} s") from None
         try:
             yield
         finally:

@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.server.api.admission import UPLOAD_S, persistently
+from fedcompute.server.api.paths import number
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.security.limits import bounded_stream, declared_length
 from fedcompute.server.security.url_signing import BLOB_PREFIX, check_url
@@ -18,6 +19,8 @@ from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.paths import GRADIENT
 from fedcompute.storage.schema import AssignmentStatus, TaskStatus
 from fedcompute.storage.tasks import get_task
+
+_PATH_PARTS = 6  # the least of every path that is signed for writing (spec/server.md 8)
 
 
 async def get_blob(request: Request) -> Response:
@@ -74,13 +77,17 @@ def _granted(request: Request) -> tuple[str, str]:
 def _still_wanted(context: Context, bucket: str, path: str, _seconds: float) -> bool:
     """Whether a signed PUT may still write: an update until it is collected, an artifact until its task opens.
 
-    Raises RequestRejected(TASK_CONFLICT) for an artifact of a task that is no longer CREATED.
+    Raises RequestRejected: TASK_CONFLICT for an artifact of a task that is no longer CREATED, MALFORMED_REQUEST for a
+    path that is no object's.
     """
-    population, task_id, result_id, _, session_id, *_ = path.split("/")
-    task = TaskKey(population, int(task_id))
+    parts = path.split("/")
+    if len(parts) < _PATH_PARTS:
+        raise RequestRejected(Reason.MALFORMED_REQUEST, "the path names no object of a task")
+    population, task_id, result_id, _, session_id, *_ = parts
+    task = TaskKey(population, number(task_id, "task"))
     with context.database.read() as tx:
         if bucket == GRADIENT:
-            row = find_assignment(tx, task, int(result_id), session_id)
+            row = find_assignment(tx, task, number(result_id, "iteration"), session_id)
             return row is not None and row.status is AssignmentStatus.LOCAL_COMPLETED
         owner = get_task(tx, task)
     if owner is None or owner.status is not TaskStatus.CREATED:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from fedcompute.crypto.envelope import gzip_bytes
 from fedcompute.errors import FedComputeError, Reason, RequestRejected
-from fedcompute.learning.noise_state import without_noise
+from fedcompute.learning.noise_state import carries_noise, without_noise
 from fedcompute.learning.process import read_state
 from fedcompute.learning.specification import FINALIZER, NON_TRAINABLE, TRAINABLE
 from fedcompute.protos import task_pb2
@@ -55,7 +55,15 @@ def _clone(request: Request, key: TaskKey, start: int | None) -> TaskRow:
         old = existing_task(get_task(tx, key), key)
     # Read before anything is created: what is missing or damaged leaves nothing behind.
     plan, client_plan = _artifact(context, server_plan_path(key)), _artifact(context, client_only_plan_path(key))
-    checkpoint = _artifact(context, initial_checkpoint_path(key)) if old.is_training or start is None else b""
+    checkpoint = _artifact(context, initial_checkpoint_path(key))
+    has_graphs = context.plans.server_plan(key).has_graphs
+    if has_graphs and (start is not None or (old.is_training and carries_noise(read_checkpoint(checkpoint)))):
+        # The graphs would draw the same noise again, or go on where the old task stopped.
+        raise RequestRejected(
+            Reason.TASK_INVALID,
+            "the plan's graphs keep their noise in the checkpoint, and two tasks must not share it",
+            remedy="build the task again" if start is None else "clone without from_iteration, or build the task again",
+        )
     if start is not None:
         checkpoint = _from_release(context, old, checkpoint, start)
     message = task_message(old)
@@ -88,14 +96,7 @@ def _from_release(context: Context, old: TaskRow, initial: bytes, start: int) ->
 
 
 def _model(checkpoint: Tensors) -> dict[str, NDArray[np.generic]]:
-    found = {name: value for name, value in checkpoint.items() if name.startswith(_MODEL_LEAVES)}
-    if not any(name.startswith(f"{TRAINABLE}/") for name in found):
-        raise RequestRejected(
-            Reason.TASK_INVALID,
-            "the plan keeps its model in a form that only the plan knows, with noise state in it",
-            remedy="clone the task without from_iteration, or build it with this system's task builder",
-        )
-    return found
+    return {name: value for name, value in checkpoint.items() if name.startswith(_MODEL_LEAVES)}
 
 
 def _artifact(context: Context, path: str) -> bytes:

@@ -15,6 +15,7 @@ from fedcompute.server.api import (
     api_keys,
     artifacts,
     audit,
+    authentication,
     clones,
     encryption_keys,
     enrolments,
@@ -27,7 +28,20 @@ from fedcompute.server.api import (
     tasks,
 )
 from fedcompute.server.api.messages import JSON, MEDIA_TYPE
-from fedcompute.server.api.schemas import BINARY, NUMBER, OBJECT, TEXT, Schema, listed, maybe, page, proto, record, ref
+from fedcompute.server.api.schemas import (
+    BINARY,
+    COUNTS,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    Schema,
+    listed,
+    maybe,
+    page,
+    proto,
+    record,
+    ref,
+)
 from fedcompute.storage.api_keys import Role
 
 VIEWER, BUILDER, OPERATOR = Role.VIEWER, Role.BUILDER, Role.OPERATOR
@@ -219,6 +233,14 @@ OPERATIONS: tuple[Operation, ...] = (
         OPERATOR,
         {JSON: record(revoked=TEXT)},
         changes=True,
+    ),
+    Operation(
+        "GET",
+        "/api/v1/authentication",
+        authentication.authentication,
+        "authentication.show",
+        VIEWER,
+        {JSON: record(devices=TEXT, decisions=COUNTS)},
     ),
     Operation(
         "GET",

@@ -8,8 +8,8 @@ import numpy as np
 
 from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
 from fedcompute.protos import learning_pb2, plan_pb2
-from fedcompute.server.graph_plans.form import GraphPlan
-from fedcompute.server.graph_plans.leaves import check_update
+from fedcompute.server.graph_plans.form import Accumulator, GraphPlan
+from fedcompute.server.graph_plans.leaves import check_size, check_update
 from fedcompute.server.graph_plans.session import GraphRefused
 from fedcompute.server.graph_plans.v1 import open_one_graph
 from fedcompute.server.graph_plans.v2 import open_two_graphs
@@ -39,11 +39,13 @@ def kind_of(plan: plan_pb2.Plan) -> learning_pb2.LearningProcess.Kind:
 def open_graph_plan(plan: plan_pb2.Plan) -> GraphPlan:
     """Loads the graphs of a plan; of one that carries both forms, the second (spec/artifacts.md 1).
 
-    Raises ArtifactInvalid: PLAN_MALFORMED, or PLAN_UNSUPPORTED for what cannot run here, also where TensorFlow is not
-    installed.
+    Raises ArtifactInvalid: PLAN_MALFORMED, CHECKPOINT_TOO_LARGE for an update with a leaf of more than 500 MiB, or
+    PLAN_UNSUPPORTED for what cannot run here, also where TensorFlow is not installed.
     """
     opened: GraphPlan
     opened = open_two_graphs(plan) if plan.phase[0].HasField("server_phase_v2") else open_one_graph(plan)
+    for name, leaf in opened.update_leaves.items():
+        check_size(name, math.prod(leaf.shape) * leaf.dtype.itemsize)
     return opened
 
 
@@ -90,9 +92,7 @@ def add_up(plan: GraphPlan, session_ids: Sequence[str], fetch: Callable[[str], T
                 if session_id in refused:
                     continue
                 try:
-                    update = fetch(session_id)
-                    check_update(update, plan.update_leaves)
-                    total.add(update)
+                    _add(plan, total, fetch(session_id))
                 except UploadRejected as error:
                     refused[session_id] = error
                 except GraphRefused as error:
@@ -103,3 +103,9 @@ def add_up(plan: GraphPlan, session_ids: Sequence[str], fetch: Callable[[str], T
             if not spoiled:
                 kept = {one: refused[one] for one in session_ids if one in refused}
                 return BatchSum(total.partial(), len(session_ids) - len(kept), kept)
+
+
+def _add(plan: GraphPlan, total: Accumulator, update: Tensors) -> None:
+    # A function of its own, so that no name holds an update while the next one is fetched.
+    check_update(update, plan.update_leaves)
+    total.add(update)

@@ -22,6 +22,8 @@ from fedcompute.tensors.tree import LeafSpec, to_dtype
 UNKNOWN = -1
 _CACHED_GRAPHS = 4
 _RUN_SECONDS = 600
+# What follows is the data that the graph's author wanted to see: values of devices, maybe.
+_QUOTES_VALUES = "assertion failed"
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,11 @@ def _tensor(graph: Any, name: str) -> Any:
 
 
 def _said(error: Exception) -> str:
-    """The first line of what TensorFlow says, without its account of where the graph was built."""
+    """The first line of what TensorFlow says, without where the graph was built and without the values of a tensor."""
     plain = error.__context__ if hasattr(error.__context__, "message") else error
     message = str(getattr(plain, "message", "") or plain) or type(plain).__name__
-    return message.strip().splitlines()[0][:300]
+    first = message.strip().splitlines()[0]
+    return first.partition(_QUOTES_VALUES)[0] + _QUOTES_VALUES if _QUOTES_VALUES in first else first[:300]
 
 
 def _tensorflow() -> Any:

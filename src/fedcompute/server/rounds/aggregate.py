@@ -86,13 +86,15 @@ def aggregate(job: AggregateJob) -> AggregateResult:
     clip_norm = _clip_norm(blobs, plan.process, job)
     total = empty_sum(plan.process, plan.digest, clip_norm)
     rejected: list[Rejected] = []
+    # A key service that is away is noticed before the work, not after it.
+    key = sum_key(job)
     for session_id, path in job.uploads:
         try:
             stored = _fetch(blobs, path, job.max_upload_bytes)
             total = add(total, _judge(plan.process, stored, job, limit, clip_norm))
         except UploadRejected as error:
             rejected.append(Rejected(session_id, error.reason, error.detail))
-    blobs.put(AGGREGATED, job.output_path, seal_aggregate(encode(total), sum_key(job)))
+    blobs.put(AGGREGATED, job.output_path, seal_aggregate(encode(total), key))
     return AggregateResult(total.num_inputs, tuple(rejected))
 
 
@@ -105,7 +107,7 @@ def sum_key(job: AggregateJob) -> PublicKey | None:
 
 def _add_up_with_graphs(blobs: BlobStore, plan: GraphPlan, job: AggregateJob) -> AggregateResult:
     limit = min(job.max_checkpoint_bytes, graph_plan.update_bytes_limit(plan))
-    paths = dict(job.uploads)
+    paths, key = dict(job.uploads), sum_key(job)
 
     def fetch(session_id: str) -> Tensors:
         stored = _fetch(blobs, paths[session_id], job.max_upload_bytes)
@@ -113,7 +115,7 @@ def _add_up_with_graphs(blobs: BlobStore, plan: GraphPlan, job: AggregateJob) ->
             return _open(stored, job, limit)
 
     total = graph_plan.add_up(plan, list(paths), fetch)
-    blobs.put(AGGREGATED, job.output_path, seal_aggregate(total.partial, sum_key(job)))
+    blobs.put(AGGREGATED, job.output_path, seal_aggregate(total.partial, key))
     rejected = tuple(Rejected(one, error.reason, error.detail) for one, error in total.refused.items())
     return AggregateResult(total.num_inputs, rejected)
 

@@ -108,6 +108,11 @@ class Authentication:
     attestation: LocalVerifier | AttestationService | None
     counts: Counts = field(default_factory=Counts)
 
+    def close(self) -> None:
+        """Closes connections to a service."""
+        if isinstance(self.attestation, AttestationService):
+            self.attestation.close()
+
     def check_in(self, shown: Credentials, population: str, owner_digest: str, now: datetime) -> Decision:
         """Decides on a check-in; blocks. Raises RequestRejected(MALFORMED_REQUEST) for a proof or token of no form.
 

@@ -32,9 +32,7 @@ async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     A declared length beyond the limit is refused before anything is read. Raises RequestRejected(REQUEST_TOO_SLOW)
     once the sender has been waited for longer than its bytes deserve.
     """
-    length = declared_length(request)
-    if length is not None and length > limit:
-        raise _too_large(length, limit)
+    _check_declared(request, limit)
     total, waited = 0, 0.0
     pieces = request.stream()
     while True:
@@ -45,9 +43,7 @@ async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise RequestRejected(
-                Reason.REQUEST_TOO_SLOW, f"{total} bytes of the body in {waited + time.monotonic() - start:.0f} s"
-            ) from None
+            raise _too_slow(total, waited + time.monotonic() - start) from None
         waited += time.monotonic() - start
         total += len(chunk)
         if total > limit:
@@ -57,8 +53,34 @@ async def bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Returns the whole body of at most `limit` bytes; raises RequestRejected(REQUEST_TOO_LARGE)."""
-    return b"".join([chunk async for chunk in bounded_stream(request, limit)])
+    """Returns the whole body of at most `limit` bytes; raises as `bounded_stream`."""
+    _check_declared(request, limit)
+    start, total = time.monotonic(), 0
+    pieces: list[bytes] = []
+    try:
+        # One clock for the whole body: nothing happens between its pieces, so all of the time is waiting.
+        async with asyncio.timeout(PATIENCE_S) as clock:
+            begun = clock.when()
+            async for chunk in request.stream():
+                pieces.append(chunk)
+                total += len(chunk)
+                if total > limit:
+                    raise _too_large(total, limit)
+                if begun is not None and total > SLOWEST_BYTES_S:
+                    clock.reschedule(begun + total / SLOWEST_BYTES_S)
+    except TimeoutError:
+        raise _too_slow(total, time.monotonic() - start) from None
+    return b"".join(pieces)
+
+
+def _check_declared(request: Request, limit: int) -> None:
+    length = declared_length(request)
+    if length is not None and length > limit:
+        raise _too_large(length, limit)
+
+
+def _too_slow(total: int, seconds: float) -> RequestRejected:
+    return RequestRejected(Reason.REQUEST_TOO_SLOW, f"{total} bytes of the body in {seconds:.0f} s")
 
 
 def _too_large(size: int, limit: int) -> RequestRejected:

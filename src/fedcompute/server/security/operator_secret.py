@@ -13,7 +13,7 @@ from fedcompute.crypto.sealing import SECRET_BYTES_LIMIT, Sealer, sealer_of
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 from fedcompute.server.settings import Settings
 from fedcompute.storage.database import Database
-from fedcompute.storage.secrets import sealed_with
+from fedcompute.storage.secrets import check_secret, sealed_with
 
 VARIABLE = "FEDCOMPUTE_SECRET"
 # In the data directory, beside the database.
@@ -27,18 +27,22 @@ def open_sealer(settings: Settings, database: Database, environment: Mapping[str
 
     The last is made, readable by its owner only, for a database that no secret has sealed anything in. Raises
     OperationFailed(SETTINGS_INVALID) for a secret that cannot be read or used, and ArtifactInvalid(SECRET_UNREADABLE)
-    if the database is sealed and there is no secret.
+    if the database is sealed with another secret, or there is none.
 
     Formal guarantees: a made secret has 256 bits from the operating system, and no file of it was ever readable by
     others; two servers that start at once in one data directory get the same.
     """
     given = given_secret(settings, environment)
-    if given is not None:
-        return sealer_of(given)
-    path = settings.data_dir / FILE_NAME
+    sealer = _own_sealer(settings.data_dir / FILE_NAME, database) if given is None else sealer_of(given)
+    with database.read() as tx:
+        check_secret(tx, sealer)
+    return sealer
+
+
+def _own_sealer(path: Path, database: Database) -> Sealer:
     if not path.exists():
         with database.read() as tx:
-            used = sorted(sealed_with(tx))
+            used = sorted(one for one in sealed_with(tx) if one is not None)
         if used:
             raise ArtifactInvalid(
                 Reason.SECRET_UNREADABLE,

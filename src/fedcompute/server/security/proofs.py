@@ -11,6 +11,7 @@ from fedcompute.server.security.enrolment import SCHEME, EnrolmentProof
 
 _TEXT_LIMIT = CERTIFICATE_BYTES_LIMIT * 4 // 3 + 4
 _HEADER_LIMIT = 64 * 1024
+_PART_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def read_proof(header: str) -> Proof:
     if values and values[0].startswith("enrolment:"):
         if values[0] != SCHEME or len(values) != 3:
             raise _malformed(f"begins like an enrolment and is not [{SCHEME!r}, id, proof]")
+        if not all(one.isascii() and one.isprintable() and len(one) <= _PART_LIMIT for one in values[1:]):
+            raise _malformed(f"holds an id or a proof that is no text of up to {_PART_LIMIT} printable characters")
         return EnrolmentProof(values[1], values[2])
     if len(values) > CHAIN_LIMIT or any(len(one) > _TEXT_LIMIT for one in values):
         raise _malformed(

@@ -1,0 +1,109 @@
+"""`fedcompute backup`, `restore`, `doctor` and `retention` beside a server that runs, and without one."""
+
+import json
+import stat
+
+import pytest
+
+from fedcompute.storage.database import Database
+
+
+@pytest.fixture
+def data(tmp_path, start):
+    """A server's data directory and its URL; the server runs."""
+    folder = tmp_path / "data"
+    process = start("fedcompute", "server", "--data-dir", folder, "--port", "0", "--json", "--workers", "1")
+    return folder, json.loads(process.stdout.readline())["url"]
+
+
+def test_a_backup_is_checked_and_restored_and_the_secret_travels_only_when_asked(data, fedcompute, tmp_path):
+    folder, _ = data
+    plain = fedcompute("backup", tmp_path / "plain", "--data-dir", folder)
+    assert plain.exit_code == 0, plain.output
+    assert "is not in it: keep a copy elsewhere" in plain.output
+    assert not (tmp_path / "plain" / "secret").exists()
+    secret = (folder / "secret").read_text().strip()
+    whole = fedcompute("backup", tmp_path / "whole", "--data-dir", folder, "--with-secret", "--json")
+    assert whole.exit_code == 0, whole.output
+    assert json.loads(whole.output)["with_secret"] is True
+    assert secret not in whole.output
+    assert stat.S_IMODE((tmp_path / "whole" / "secret").stat().st_mode) == 0o600
+
+    checked = fedcompute("restore", tmp_path / "whole", "--check")
+    assert (checked.exit_code, "is whole" in checked.output) == (0, True)
+    done = fedcompute("restore", tmp_path / "whole", "--data-dir", tmp_path / "other")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "other" / "secret").read_text().strip() == secret
+    assert fedcompute("secret", "check", "--data-dir", tmp_path / "other").exit_code == 0
+    assert fedcompute("doctor", "--data-dir", tmp_path / "other").exit_code == 0
+    again = fedcompute("restore", tmp_path / "whole", "--data-dir", tmp_path / "other")
+    assert (again.exit_code, "backup_target_in_use" in again.output) == (1, True)
+
+
+def test_nothing_is_restored_under_a_server_that_runs(data, fedcompute, tmp_path):
+    folder, _ = data
+    assert fedcompute("backup", tmp_path / "backup", "--data-dir", folder).exit_code == 0
+    result = fedcompute("restore", tmp_path / "backup", "--data-dir", folder)
+    assert (result.exit_code, "data_in_use" in result.output) == (1, True)
+
+
+def test_a_backup_whose_manifest_is_missing_is_no_backup(data, fedcompute, tmp_path):
+    folder, _ = data
+    fedcompute("backup", tmp_path / "backup", "--data-dir", folder)
+    (tmp_path / "backup" / "manifest.json").unlink()
+    result = fedcompute("restore", tmp_path / "backup", "--check")
+    assert (result.exit_code, "backup_damaged" in result.output) == (1, True)
+
+
+def test_a_healthy_server_gets_a_clean_bill_by_its_stores_and_over_http(data, fedcompute):
+    folder, url = data
+    for where in (["--data-dir", folder], ["--server", url]):
+        result = fedcompute("doctor", *where)
+        assert (result.exit_code, "nothing is stuck" in result.output) == (0, True), result.output
+        told = fedcompute("doctor", *where, "--json")
+        assert json.loads(told.output) == {"healthy": True, "findings": []}
+
+
+def test_what_is_wrong_is_named_with_what_to_do_and_mended_when_asked(data, fedcompute):
+    folder, _ = data
+    (folder / "secret").chmod(0o640)
+    orphan = folder / "blobs" / "gradient" / "digits" / "1" / "1" / "d" / "nobody" / "gradient"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"x")
+    result = fedcompute("doctor", "--data-dir", folder, "--json")
+    assert result.exit_code == 1
+    findings = {one["code"]: one for one in json.loads(result.output)["findings"]}
+    assert findings.keys() == {"secret_readable", "upload_without_row"}
+    assert all(one["fixable"] and not one["fixed"] and one["remedy"] for one in findings.values())
+    assert "2 findings, 2 fixed" in fedcompute("doctor", "--data-dir", folder, "--fix").output
+    assert not orphan.exists()
+    assert fedcompute("doctor", "--data-dir", folder).exit_code == 0
+
+
+def test_a_server_that_does_not_answer_or_is_not_there_is_a_finding(fedcompute, tmp_path):
+    result = fedcompute("doctor", "--server", "http://localhost:9", "--json")
+    assert (result.exit_code, json.loads(result.output)["findings"][0]["code"]) == (1, "server_unreachable")
+    result = fedcompute("doctor", "--data-dir", tmp_path / "nobody", "--json")
+    assert (result.exit_code, json.loads(result.output)["findings"][0]["code"]) == (1, "stores_unusable")
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_database_of_another_release_is_a_finding_and_is_not_upgraded(fedcompute, tmp_path):
+    database = Database.open(f"sqlite:///{tmp_path}/fedcompute.db")
+    with database.write() as tx:
+        tx.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    result = fedcompute("doctor", "--data-dir", tmp_path)
+    assert (result.exit_code, "has schema 0001" in result.output) == (1, True)
+    with database.read() as tx:
+        assert tx.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "0001"
+    database.close()
+
+
+def test_retention_says_what_is_due_and_removes_it(data, fedcompute):
+    folder, _ = data
+    result = fedcompute("retention", "run", "--dry-run", "--data-dir", folder)
+    assert (result.exit_code, "due: 0 checkpoints" in result.output) == (0, True), result.output
+    result = fedcompute("retention", "run", "--data-dir", folder, "--keep-updates-days", "0", "--json")
+    assert json.loads(result.output) == {
+        "rounds": [], "checkpoints": [], "tasks": [], "objects": 0, "rows": 0, "finished": True, "dry_run": False,
+    }  # fmt: skip
