@@ -8,44 +8,42 @@ nothing about time.
 """
 
 import argparse
-import gzip
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
-import statistics
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+from aggregation import LAYERS, PARAMETERS, memory_table, process_of, share_table, update_of
 from rich.console import Console
 from rich.table import Table
 
-from fedcompute.crypto.envelope import gzip_bytes, open_update, seal_update
+from fedcompute.crypto.envelope import gzip_bytes, seal_update
 from fedcompute.crypto.keys import parse_public_keys
-from fedcompute.learning.contribution import add, empty_sum, read_contribution
-from fedcompute.learning.specification import initial_state, training_process
-from fedcompute.protos import learning_pb2, plan_pb2, task_assignments_pb2, task_pb2
-from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
-from fedcompute.tensors.tree import LeafSpec
+from fedcompute.learning.specification import initial_state
+from fedcompute.protos import plan_pb2, task_assignments_pb2, task_pb2
+from fedcompute.storage.schema import IterationStatus
+from fedcompute.tensors.checkpoint import write_checkpoint
 
 BIN = Path(sys.executable).parent
 POPULATION = "benchmark"
 PROTO = {"content-type": "application/x-protobuf"}
-# The tutorial's convolutional network, layer by layer.
-LAYERS = ((3, 3, 1, 32), (32,), (3, 3, 32, 64), (64,), (9216, 128), (128,), (128, 10), (10,))
+SECTIONS = ("check-ins", "uploads", "aggregation", "memory")
 
 
 @dataclass(frozen=True)
@@ -151,17 +149,6 @@ def wait_until(question: Callable[[], bool], seconds: float = 600) -> None:
         time.sleep(0.005)
 
 
-def process_of(clip_norm: float = 1.0, goal: int = 1000) -> learning_pb2.LearningProcess:
-    return training_process(
-        algorithm=learning_pb2.LearningProcess.FED_AVG,
-        trainable=[LeafSpec("", shape, np.dtype(np.float32)) for shape in LAYERS],
-        non_trainable=[],
-        server_optimizer=learning_pb2.Sgd(learning_rate=1.0),
-        aggregator=learning_pb2.FixedGaussian(clip_norm=clip_norm, noise_multiplier=1.0, report_goal=goal),
-        metrics=[],
-    )
-
-
 def check_in_head(population: str, body: bytes) -> str:
     return (
         f"POST /taskassignment/v1/population/{population}:create-task-assignment HTTP/1.1\n"
@@ -218,17 +205,116 @@ def check_ins(load: Load, rate: float, seconds: float, places: int) -> Table:
     return table
 
 
+def sessions(server: Server, population: str, count: int) -> list[str]:
+    """Devices that have trained: each one's signed path to upload to."""
+    body, done = check_in_body(), task_assignments_pb2.ReportResultRequest(result=1).SerializeToString()
+
+    def one(http: httpx.Client) -> str:
+        answer = http.post(
+            f"{server.url}/taskassignment/v1/population/{population}:create-task-assignment",
+            content=body,
+            headers=PROTO,
+        )
+        assert answer.status_code == 201, answer.status_code
+        assignment = task_assignments_pb2.CreateTaskAssignmentResponse.FromString(answer.content).task_assignment
+        report = http.put(
+            f"{server.url}/taskassignment/v1{assignment.self_uri}:report-result", content=done, headers=PROTO
+        ).raise_for_status()
+        told = task_assignments_pb2.ReportResultResponse.FromString(report.content).upload_instruction
+        place = urlsplit(told.upload_location)
+        return f"{place.path}?{place.query}"
+
+    with httpx.Client(timeout=60, limits=httpx.Limits(max_connections=8)) as http, ThreadPoolExecutor(8) as threads:
+        return list(threads.map(lambda _: one(http), range(count)))
+
+
+def sealed_update(server: Server) -> bytes:
+    """A device's upload: the checkpoint of an update of random floats, encrypted to the server, as it travels."""
+    key = parse_public_keys(httpx.get(f"{server.url}/.well-known/odp/v1/public-keys").raise_for_status().content)[0]
+    return gzip_bytes(seal_update(write_checkpoint(update_of(process_of())), key))
+
+
+def upload_head(size: int) -> str:
+    return (
+        "PUT @T HTTP/1.1\nHost: localhost\n"
+        f"Content-Type: application/octet-stream\nContent-Encoding: gzip\nContent-Length: {size}\n\n"
+    )
+
+
+def uploads(load: Load, count: int, rate: float, workers: int) -> Table:
+    """Devices that upload to a round until its goal is met, and how long the server takes from there to the next."""
+    table = Table(
+        "step", "seconds", title=f"a round of {count:,} uploads of {PARAMETERS:,} parameters, {workers} workers"
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name,
+        serving(Path(name), f"--workers={workers}") as server,
+    ):
+        open_task(server, POPULATION, goal=count, room=count, rounds=2)
+        body = sealed_update(server)
+        paths = sessions(server, POPULATION, count)
+        found = load(server, upload_head(len(body)), targets=paths, count=count, rate=rate, connections=16, body=body)
+        ended = time.time()
+        database = sqlite3.connect(f"file:{Path(name) / 'fedcompute.db'}?mode=ro", uri=True)
+        wait_until(lambda: len(rounds_of(database)) > 1)
+        first, second = rounds_of(database)[:2]
+        database.close()
+    table.add_row(
+        f"PUT, {len(body) / 1e6:.1f} MB each, asked {rate:g} a second, {found['statuses']}", f"{found['seconds']:.2f}"
+    )
+    table.add_row("  uploads a second", f"{found['answered'] / found['seconds']:.1f}")
+    table.add_row("  p50 / p99 of one", f"{found['other']['p50']:.3f} / {found['other']['p99']:.3f}")
+    table.add_row("  CPU of the web server / of the load generator", f"{found['server_cpu']:.2f} / {found['cpu']:.2f}")
+    last = ended
+    for status, label in (
+        (IterationStatus.AGGREGATING, "from the last upload to the last batch handed out"),
+        (IterationStatus.APPLYING, "until every batch is added up"),
+        (IterationStatus.COMPLETED, "until the model is stored"),
+    ):
+        table.add_row(label, f"{first[int(status)] - last:.3f}")
+        last = first[int(status)]
+    table.add_row("until the next round takes devices", f"{second[int(IterationStatus.COLLECTING)] - last:.3f}")
+    table.add_row(
+        "[bold]from the last upload to the next round", f"{second[int(IterationStatus.COLLECTING)] - ended:.3f}"
+    )
+    return table
+
+
+def rounds_of(database: sqlite3.Connection) -> list[dict[int, float]]:
+    """For each round in order the moment at which it last entered each status."""
+    rounds: dict[int, dict[int, float]] = {}
+    query = "SELECT iteration_id, status, created_time FROM iteration_status_history ORDER BY iteration_id, status_id"
+    for iteration_id, status, created in database.execute(query):
+        moment = datetime.fromisoformat(created).replace(tzinfo=UTC).timestamp()
+        rounds.setdefault(iteration_id, {})[status] = moment
+    return [rounds[iteration_id] for iteration_id in sorted(rounds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=2000)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--places", type=int, default=10_000)
-    parser.add_argument("--uploads", type=int, default=1000)
-    parser.add_argument("--only", choices=["check-ins"])
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="a section; all without it")
+    parser.add_argument("--rate", type=float, default=2000, help="check-ins a second")
+    parser.add_argument("--seconds", type=float, default=60, help="of check-ins")
+    parser.add_argument("--places", type=int, default=10_000, help="in the round that they fill")
+    parser.add_argument("--uploads", type=int, default=1000, help="in the round that is timed; 4.5 MB of disk each")
+    parser.add_argument("--upload-rate", type=float, default=25, help="uploads a second; 0: as fast as they are taken")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the server that takes uploads")
     arguments = parser.parse_args()
-    console = Console(width=max(140, Console().width))
+    console = Console(width=max(150, Console().width))
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, load before {os.getloadavg()[0]:.1f}, "
+        f"Python {platform.python_version()}, NumPy {np.__version__}, SQLite {sqlite3.sqlite_version}"
+    )
+    sections = arguments.only or SECTIONS
     with load_generator() as load:
-        console.print(check_ins(load, arguments.rate, arguments.seconds, arguments.places))
+        if "check-ins" in sections:
+            console.print(check_ins(load, arguments.rate, arguments.seconds, arguments.places))
+        if "uploads" in sections:
+            console.print(uploads(load, arguments.uploads, arguments.upload_rate, arguments.workers))
+    if "aggregation" in sections:
+        console.print(share_table(count=40))
+    if "memory" in sections:
+        console.print(memory_table())
 
 
 if __name__ == "__main__":

@@ -296,6 +296,9 @@ class ObjectStore:
         self._answer = DomainDispatcherApplication(create_backend_app)
         self.ignores_conditions = False  # as S3 servers of other makers may
         self.outages = 0  # requests that get a 503
+        self.failure_rate = 0.0  # share of requests that get a 500, by a fixed draw
+        self.loss_rate = 0.0  # share of requests that are carried out and get a 500
+        self._random = random.Random(7)
         self.failure_rate = 0.0  # of requests that get a 500, half of them after they were carried out
         self._chance = random.Random(7)
         self._server = make_server("127.0.0.1", 0, self._app, threaded=True)
@@ -335,10 +338,17 @@ class ObjectStore:
             self.outages -= 1
             start_response("503 Slow Down", [("content-length", "0")])
             return [b""]
+        if self._random.random() < self.failure_rate:
+            start_response("500 Internal Error", [("content-length", "0")])
+            return [b""]
         if self._chance.random() < self.failure_rate:
             if self._chance.random() < 0.5:
                 b"".join(self._answer(environ, lambda *_: None))
             start_response("500 Internal Server Error", [("content-length", "0")])
+            return [b""]
+        if self._random.random() < self.loss_rate:
+            list(self._answer(environ, lambda *_: None))
+            start_response("500 Internal Error", [("content-length", "0")])
             return [b""]
         if self.ignores_conditions:
             environ.pop("HTTP_IF_NONE_MATCH", None)
@@ -362,4 +372,5 @@ def s3(s3_server, monkeypatch):
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     yield s3_server
-    s3_server.ignores_conditions, s3_server.outages, s3_server.failure_rate = False, 0, 0.0
+    s3_server.ignores_conditions, s3_server.outages = False, 0
+    s3_server.failure_rate = s3_server.loss_rate = 0.0

@@ -46,7 +46,7 @@ def shell(tmp_path):
         process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("page", ["task-builder.md"])
+@pytest.mark.parametrize("page", ["task-builder.md", "management-api.md", "storage.md", "operations.md"])
 def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
     replaced = {"8080": str(free_port()), "5000": str(free_port()), "/srv": str(tmp_path / "srv")}
     (tmp_path / "srv").mkdir()
@@ -62,3 +62,9 @@ def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
         for line in text.replace("\\\n", " ").splitlines():
             if line.startswith("$ "):
                 shell(line[2:].strip())
+
+
+def test_the_table_of_settings_is_that_of_this_release():
+    tool = DOCS.parent / "tools" / "generate_settings.py"
+    checked = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr

@@ -30,6 +30,7 @@ from fedcompute.server.rounds.passes import Passes
 from fedcompute.server.security.authentication import open_authentication
 from fedcompute.server.security.keys import publication
 from fedcompute.server.security.operator_secret import open_sealer
+from fedcompute.server.security.operators import warn_if_locked
 from fedcompute.server.security.public_keys import PublicKeyList
 from fedcompute.server.security.rates import rates_of
 from fedcompute.server.settings import Settings
@@ -193,6 +194,8 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         url_key = ensure_secret(tx, sealer, "url_signing", secrets.token_bytes(32), now())
         challenge_key = ensure_secret(tx, sealer, "device_challenges", secrets.token_bytes(32), now())
         noise_key = ensure_secret(tx, sealer, "noise_state", secrets.token_bytes(KEY_BYTES), now())
+    if settings.runs_api:
+        warn_if_locked(database, settings, now())
     if sealed:
         _LOG.warning(
             "%d secrets were stored in plain and are sealed now; copies of the database made before are not", sealed

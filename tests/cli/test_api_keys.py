@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import stat
 import time
 
@@ -101,6 +102,8 @@ def test_what_is_done_at_the_prompt_is_in_the_audit_log_too(locked, make_key, pr
     assert act["actor"].startswith("prompt (")
     assert (act["action"], act["status"]) == ("api_key.create", 200)
     assert act["subject"] == f"{key.split('_')[1]} (the operator) operator"
+    stored = program("fedcompute", "audit", "log", "--data-dir", tmp_path / "data", "--json").stdout
+    assert json.loads(stored) == [act]
     told = program("fedcompute", *log, env={"FEDCOMPUTE_API_KEY": key}).stdout
     assert "api_key.create" in told
     assert key not in told
@@ -178,7 +181,15 @@ def test_the_published_client_builds_through_a_builder_that_asks_whose_key_it_is
 
 def test_a_server_that_wants_keys_says_how_to_make_one(start, tmp_path):
     process = start("fedcompute", "server", "--data-dir", tmp_path / "data", "--host", "0.0.0.0", "--port", 0)
-    lines = [process.stdout.readline() for _ in range(7)]
-    text = "".join(lines)
+    text = "".join(process.stdout.readline() for _ in range(7))
     assert "operators need  an API key" in text
     assert f"fedcompute api-key create --role operator --label NAME --data-dir {tmp_path / 'data'}" in text
+    process.send_signal(signal.SIGINT)
+    assert "there is no API key, so nobody can manage tasks" in process.communicate(timeout=60)[1]
+
+
+def test_a_key_that_would_be_sent_in_plain_text_over_a_network_is_remarked_on(program):
+    arguments = ["task", "list", "--server", "http://server.invalid:8080"]
+    result = program("fedcompute", *arguments, env={"FEDCOMPUTE_API_KEY": "fc_0f0f0f0f0f0f_" + "A" * 43})
+    assert "the API key travels to server.invalid unencrypted" in result.stderr
+    assert "AAAA" not in result.stderr

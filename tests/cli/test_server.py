@@ -11,7 +11,8 @@ import urllib.request
 import pytest
 
 from fedcompute.server.configuration import flag_of
-from fedcompute.server.settings import Settings, about
+from fedcompute.server.setting import about
+from fedcompute.server.settings import Settings
 
 
 def test_the_server_says_where_it_is_answers_there_and_stops_with_ctrl_c(start, tmp_path):

@@ -5,6 +5,7 @@ import collections
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 from typer.testing import CliRunner
 
 from fedcompute.builder.build import build_task_group
@@ -18,10 +19,13 @@ from fedcompute.device.plan_runner import PlanRunner
 from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
 from fedcompute.device.worker import training_example
-from fedcompute.fleet.devices import ShardWorker
+from fedcompute.fleet.devices import Observer, ShardWorker, run_devices
+from fedcompute.fleet.settings import FleetSettings
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.protos import task_builder_pb2
 from fedcompute.server.settings import RetryWindow
+from fedcompute.storage import schema
+from fedcompute.storage.database import Database
 
 POPULATION = "enrolled"
 CONFIG = f"""
@@ -105,6 +109,32 @@ def test_enrolled_devices_train_to_the_end_and_nobody_else_gets_in(group, servin
         assert set(outcomes[index]) <= {"unauthorized", "no_active_task_exists"}
         assert outcomes[index]["unauthorized"]
     assert set(outcomes[5]) == {"server_answer_invalid"}
+
+
+def test_each_device_of_a_fleet_has_an_enrolment_of_its_own(serving, tmp_path):
+    data, file = tmp_path / "data", tmp_path / "fleet.enrolments"
+    fedcompute("enrolment", "create", "--label", "fleet", "--count", 3, "--out", file, "--data-dir", data)
+    ended = {}
+
+    async def run(settings):
+        observer = Observer(lambda *_: None, lambda number, outcome: ended.setdefault(number, outcome.reason))
+        fleet = FleetSettings(settings.base_url, "nobody", devices=3, processes=1, enrolments=str(file))
+        # As it travels to a worker process.
+        running = asyncio.create_task(run_devices(FleetSettings.from_json(fleet.to_json()), range(3), observer))
+        async with asyncio.timeout(60):
+            while len(ended) < 3:
+                await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.wait({running})
+
+    with serving(data, authentication="enrolment") as settings:
+        asyncio.run(run(settings))
+    assert ended == dict.fromkeys(range(3), "no_active_task_exists")
+    database = Database.open(settings.database)
+    with database.read() as tx:
+        granted = {row.participant for row in tx.execute(select(schema.authorization_token))}
+    database.close()
+    assert granted == {one.id for one in read_enrolments(file)}
 
 
 def test_a_device_that_restarts_shows_the_token_it_has(group, serving, tmp_path):

@@ -2,7 +2,10 @@ import httpx
 import numpy as np
 import pytest
 
-from fedcompute.protos import learning_pb2, task_pb2
+from fedcompute.protos import learning_pb2, plan_pb2, task_pb2
+from fedcompute.storage.keys import TaskKey
+from fedcompute.storage.paths import MODEL, client_only_plan_path, initial_checkpoint_path, server_plan_path
+from fedcompute.tensors.checkpoint import write_checkpoint
 
 Leaf = learning_pb2.UpdateLeaf
 _VALUES = {Leaf.ZEROED: np.int32(0), Leaf.COUNT: np.int32(1), Leaf.BELOW_ESTIMATE: np.float32(0.5)}
@@ -136,3 +139,38 @@ def test_a_clone_speaks_protobuf_to_who_asks_for_it(api, hand_made):
         f"{api.url}/api/v1/tasks/spoken/{task_id}/clone", headers={"accept": "application/x-protobuf"}
     )
     assert task_pb2.CreateTaskResponse.FromString(response.content).task.task_id == task_id + 1
+
+
+def graph_checkpoint(noise):
+    """The first model of a plan with graphs, in the reference's layout, with a tree of noise or with none drawn yet."""
+    tree = "server/aggregator/inner_agg/query_state/numerator_state"
+    return write_checkpoint(
+        {
+            "server/global_model_weights/trainable/0": np.ones((2, 2), np.float32),
+            f"{tree}/tree_state/level_buffer/0": np.full((1, 2, 2), noise, np.float32),
+            f"{tree}/tree_state/value_generator_state/seeds": np.full(2, int(noise * 2), np.int64),
+        }
+    )
+
+
+@pytest.mark.parametrize(("noise", "status"), [(0.0, 201), (0.5, 400)])
+def test_two_tasks_never_share_the_noise_of_a_plan_with_graphs(run_server, noise, status):
+    running = run_server()
+    api, population = running.api, "graphs"
+    task_id = api.create_task(population).task_id
+    api.http.post(f"{api.url}/api/v1/tasks/{population}/{task_id}/cancel")
+    key = TaskKey(population, task_id)
+    plan = plan_pb2.Plan(phase=[plan_pb2.Plan.Phase(server_phase=plan_pb2.ServerPhase(name="p"))])
+    for path, data in (
+        (initial_checkpoint_path(key), graph_checkpoint(noise)),
+        (server_plan_path(key), plan.SerializeToString()),
+        (client_only_plan_path(key), b"plan"),
+    ):
+        running.app.state.context.blobs.put(MODEL, path, data)
+    assert clone(api, population, task_id, from_iteration=0).status_code == 400
+    response = clone(api, population, task_id)
+    assert response.status_code == status, response.text
+    # What an operator may download has none of it either way.
+    shown = api.checkpoint(population, task_id, 0)
+    assert not any(value.any() for name, value in shown.items() if "tree_state" in name)
+    assert shown["server/global_model_weights/trainable/0"].all()

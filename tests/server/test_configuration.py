@@ -19,7 +19,10 @@ from fedcompute.server.configuration import (
     variable_of,
 )
 from fedcompute.server.kinds import kind_of_type
-from fedcompute.server.settings import RetryWindow, Settings, about
+from fedcompute.server.security.operator_secret import open_sealer
+from fedcompute.server.setting import about
+from fedcompute.server.settings import RetryWindow, Settings
+from fedcompute.storage.database import Database
 
 FIELDS = [one.name for one in dataclasses.fields(Settings)]
 
@@ -96,6 +99,7 @@ def test_the_value_of_a_secret_stands_in_no_error(tmp_path):
         ("FEDCOMPUTE_PORT", "tcp://10.0.0.1:80", "FEDCOMPUTE_PORT"),
         ("FEDCOMPUTE_PROT", "80", "did you mean FEDCOMPUTE_PORT"),
         ("FEDCOMPUTE_PUBLIC_URL", "", "set and empty"),
+        ("FEDCOMPUTE_CONFIG", " ", "set and empty"),
         ("FEDCOMPUTE_ALLOW_PLAINTEXT_UPLOADS", "maybe", "neither true nor false"),
         ("FEDCOMPUTE_WORKERS", "-1", "from FEDCOMPUTE_WORKERS"),
         ("FEDCOMPUTE_CONFIG", "/nowhere/server.toml", "/nowhere/server.toml"),
@@ -105,6 +109,17 @@ def test_a_wrong_variable_is_named_instead_of_meaning_the_default(variable, valu
     with pytest.raises(OperationFailed) as refused:
         configure({}, {variable: value})
     assert words in f"{refused.value} {refused.value.remedy}"
+
+
+@pytest.mark.parametrize("value", ["", "short", "CHANGE-ME-to-32-random-bytes-in-base64-or-hex"])
+def test_an_operator_secret_that_is_none_is_refused_instead_of_another_being_made(tmp_path, value):
+    database = Database.open(Settings(data_dir=tmp_path).database)
+    try:
+        with pytest.raises(OperationFailed, match="the operator secret"):
+            open_sealer(Settings(data_dir=tmp_path), database, {"FEDCOMPUTE_SECRET": value})
+    finally:
+        database.close()
+    assert not (tmp_path / "secret").exists()
 
 
 def test_variables_of_others_are_none_of_our_business():

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import socket
 import time
@@ -231,3 +232,28 @@ def test_a_body_without_end_is_refused_and_cut_off(server):
     received, ended = talk(server, head, *[b"10000\r\n" + bytes(65536) + b"\r\n"] * 50)
     assert ended
     assert received == b"" or received.startswith(b"HTTP/1.1 413 ")
+
+
+def test_connections_that_say_nothing_make_room_for_those_that_do(monkeypatch, server):
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 20)
+    port = urlsplit(server.api.url).port
+    half = b"POST /taskassignment/v1/population/p:create-task-assignment HTTP/1.1\r\nHost: x\r\n"
+    body = b"Content-Type: application/x-protobuf\r\nContent-Length: 4\r\n\r\n"
+    busy = socket.create_connection(("127.0.0.1", port), 30)
+    busy.sendall(half + body + b"\x0a")
+    time.sleep(0.2)
+    idle = []
+    try:
+        for _ in range(60):
+            idle.append(socket.create_connection(("127.0.0.1", port), 30))
+            idle[-1].sendall(half)
+        assert httpx.get(f"{server.api.url}/healthz", timeout=30).status_code == 200
+        idle[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert idle[0].recv(100) == b""
+        # Who is in the middle of a request stays.
+        busy.sendall(b"\x02\x0a\x00")
+        assert busy.recv(1000).startswith(b"HTTP/1.1 200 ")
+    finally:
+        for one in (busy, *idle):
+            one.close()

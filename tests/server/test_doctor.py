@@ -3,6 +3,7 @@
 import os
 import socket
 import sqlite3
+import threading
 from datetime import timedelta
 
 import numpy as np
@@ -365,3 +366,27 @@ def test_a_server_on_postgresql_is_examined_alike(start, hand_made, look, give, 
     server.api.wait_for("pg", task_id, "COMPLETED", iteration=1)
     assert look(server) == {}
     assert look(server, hours=25).keys() == {"round_below_goal"}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_nothing_is_found_while_rounds_come_and_go(start, hand_made, look, give, request, kind):
+    url = {"database_url": request.getfixturevalue("postgresql_url")} if kind == "postgresql" else {}
+    server = start(collector_batch_size=2, **url)
+    process = hand_made.process_of()
+    task_id = server.api.open_task("busy", process, goal=3, rounds=6)
+    done = threading.Event()
+
+    def work():
+        for number in range(1, 7):
+            give(server, process, "busy", count=3)
+            server.api.wait_for("busy", task_id, "COMPLETED", iteration=number)
+        done.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    looks = 0
+    while not done.is_set() or not looks:
+        looks += 1
+        assert look(server) == {}
+    worker.join(60)
+    assert looks > 1

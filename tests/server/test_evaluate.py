@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from fedcompute.protos import task_pb2
-from fedcompute.server.rounds.evaluate import candidates, choose
+from fedcompute.server.rounds.evaluate import candidates, choose, measurable_of
 from fedcompute.storage.releases import CompletedIteration
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -46,3 +46,19 @@ def test_the_choice_is_uniform_over_what_was_evaluated_least():
     assert drawn.keys() == {5, 7}
     assert 850 < drawn[5] < 1150
     assert {choose([1, 3], [1, 3]) for _ in range(100)} == {1, 3}
+
+
+def measurable(size, *, there, evaluated=()):
+    return measurable_of(every(rounds=size), released(1, 2, 3, 4, 5, 6), START, there=there, evaluated=evaluated)
+
+
+def test_a_lost_checkpoint_gives_its_place_to_the_next_of_its_bucket_if_it_was_not_evaluated():
+    assert measurable(3, there=range(1, 7)) == [1, 4]
+    assert measurable(3, there=[2, 3, 4, 5, 6]) == [2, 4]
+    assert measurable(3, there=[2, 3, 4, 5, 6], evaluated=[1]) == [4]
+    assert measurable(3, there=[4, 5, 6], evaluated=[1, 1]) == [4]
+
+
+def test_an_evaluation_goes_on_as_long_as_any_checkpoint_is_there():
+    assert measurable(3, there=[5, 6], evaluated=[1, 4]) == [5]
+    assert measurable(3, there=[], evaluated=[1, 4]) == []

@@ -237,3 +237,55 @@ def test_keys_are_made_and_ended_over_http(run_server):
         {"label": "x", "role": "viewer", "days": 1e9}, [],
     ):  # fmt: skip
         assert http.post(f"{url}/api-keys", json=wrong, headers=headers).status_code == 400, wrong
+
+
+@pytest.mark.parametrize("status", ["OPEN", "COMPLETED", "CANCELED", "FAILED", "PAUSED"])
+def test_nobody_creates_a_task_in_a_status_that_it_has_not_earned(api, status):
+    task = task_pb2.Task(
+        total_iteration=1, min_aggregation_size=1, max_aggregation_size=1,
+        min_client_version="0", max_client_version="1",
+        status=task_pb2.TaskStatus.Enum.Value(status),
+    )  # fmt: skip
+    body = task_pb2.CreateTaskRequest(task=task).SerializeToString()
+    response = api.http.post(
+        f"{api.url}/taskmanagement/v1/population/earned:create-task",
+        content=body,
+        headers={"content-type": "application/x-protobuf"},
+    )
+    assert (response.status_code, response.json()["code"]) == (400, "task_invalid")
+    assert "status" in response.json()["message"]
+
+
+def test_conflict_bad_argument_and_overflow_each_say_what_is_wrong_and_what_to_do(api, hand_made):
+    task_id = api.open_task("reasons", hand_made.process_of())
+    base = f"{api.url}/taskmanagement/v1/population/reasons"
+    task = task_pb2.Task(
+        total_iteration=1,
+        min_aggregation_size=1,
+        max_aggregation_size=1,
+        min_client_version="0",
+        max_client_version="1",
+    )
+    headers = {"content-type": "application/x-protobuf"}
+
+    def create(**changes):
+        wanted = task_pb2.Task()
+        wanted.CopyFrom(task)
+        wanted.MergeFrom(task_pb2.Task(**changes))
+        return api.http.post(
+            f"{base}:create-task", content=task_pb2.CreateTaskRequest(task=wanted).SerializeToString(), headers=headers
+        )
+
+    answers = [
+        (create(), 409, "task_conflict"),
+        (create(min_client_version="9" * 19 + "9"), 400, "task_invalid"),
+        (api.http.post(f"{base}/tasks/{task_id}:resume"), 409, "task_conflict"),
+        (api.http.get(f"{base}/tasks/{2**63}:get"), 400, "malformed_request"),
+        (api.http.get(f"{base}/tasks/{2**63 - 1}:get"), 404, "not_found"),
+    ]
+    for response, status, code in answers:
+        assert response.status_code == status, response.text
+        document = response.json()
+        assert document["code"] == code
+        assert document["message"]
+        assert document["remedy"]

@@ -245,6 +245,27 @@ def test_a_new_key_is_a_new_request(api, hand_made, make_phone):
     assert api.task("renewed", task_id)["assignments"] == {"ASSIGNED": 2}
 
 
+def test_downloads_are_whole_whatever_is_asked_of_them(api, hand_made):
+    """Never a 206 or 304, which devices take for failures; HEAD is GET without the body."""
+    api.open_task("whole", hand_made.process_of())
+    url = api.assignment("whole").plan.uri
+    whole = api.http.get(url)
+    for headers in (
+        {"range": "bytes=0-9"},
+        {"if-none-match": "*"},
+        {"if-modified-since": "Fri, 01 Jan 2100 00:00:00 GMT"},
+        {"accept": "text/html"},
+        {"accept-encoding": "identity"},
+    ):
+        part = api.http.get(url, headers=headers)
+        assert (part.status_code, part.content) == (200, whole.content), headers
+        assert part.headers["content-length"] == whole.headers["content-length"]
+    head = api.http.head(url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"]
+    assert head.headers["content-encoding"] == "gzip"
+
+
 class Scripted(BaseHTTPRequestHandler):
     """A server that answers from a list, to show that the client does what the text says."""
 

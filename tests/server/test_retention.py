@@ -1,5 +1,6 @@
 """What is old is removed from a server's real stores, beside its rounds; `tests/storage` has the rules one by one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import numpy as np
@@ -129,6 +130,25 @@ def test_a_remover_that_is_killed_at_any_step_is_finished_by_the_next(start, han
     assert [one["status"] for one in found["iterations"]] == ["COMPLETED"] * 4
     assert found["assignments"] == {}
     assert {one["iteration_id"] for one in found["metrics"]} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_two_removers_at_once_remove_everything_once(start, hand_made, request, kind):
+    url = {"database_url": request.getfixturevalue("postgresql_url")} if kind == "postgresql" else {}
+    server, retention = start(keep_newest_checkpoints=1, **url)
+    process = hand_made.process_of()
+    task_id = server.api.open_task("twice", process, goal=2, rounds=4)
+    for number in range(1, 5):
+        give(server, hand_made, process, "twice", count=2)
+        server.api.wait_for("twice", task_id, "COMPLETED", iteration=number)
+    with ThreadPoolExecutor(2) as pool:
+        looks = [pool.submit(retention.look, later(days=400)) for _ in range(2)]
+        removed = [one.result(60) for one in looks]
+    assert all(one.finished for one in removed)
+    assert stored(server, "gradient", "twice") == stored(server, "aggregated", "twice") == []
+    found = server.api.task("twice", task_id)
+    assert (found["task"]["status"], found["assignments"]) == ("COMPLETED", {})
+    assert not retention.look(later(days=400))
 
 
 def test_ledger_and_budget_outlive_everything(start, hand_made):

@@ -107,6 +107,13 @@ def test_a_round_survives_a_store_that_fails_for_a_while(start, hand_made, s3):
     assert server.api.wait_for("stumbling", task_id, "COMPLETED")["rejections"] == {}
 
 
+@pytest.mark.parametrize("fault", ["failure_rate", "loss_rate"])
+def test_rounds_come_out_right_where_every_fifth_request_fails_or_its_answer_is_lost(start, hand_made, s3, fault):
+    server = start(collector_batch_size=2)
+    setattr(s3, fault, 0.2)
+    two_rounds(server, hand_made)
+
+
 @pytest.fixture
 def start_once():
     """Starts an application and stops it; raises what kept it from starting."""

@@ -23,6 +23,13 @@ def test_defaults_need_a_directory_only_and_speak_of_localhost(tmp_path):
         {"signed_url_life": 0},
         {"collector_batch_size": 0},
         {"workers": -1},
+        {"keep_updates_days": -1.0},
+        {"keep_checkpoints_days": float("nan")},
+        {"keep_assignments_days": 1e9},
+        {"keep_newest_checkpoints": 0},
+        {"retention_period": -1.0},
+        {"evaluation_lookback_hours": -1.0},
+        {"blob_urls": "theirs"},
     ],
 )
 def test_a_setting_that_devices_would_refuse_is_refused_at_start(tmp_path, changes):

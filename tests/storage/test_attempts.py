@@ -1,5 +1,7 @@
 """Another attempt at a round keeps what its devices gave."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -10,6 +12,7 @@ from fedcompute.storage.assignments import (
     assignments_of_batch,
     count_assignments,
     find_assignment,
+    hold_assignment,
     report_completed,
     report_failed,
     unbatched,
@@ -144,3 +147,36 @@ def test_of_two_workers_that_try_a_round_again_one_succeeds(half_done, race, now
             return again(tx, key, now)
 
     assert [answer is None for answer in race(2, work)].count(True) == 1
+
+
+@pytest.mark.parametrize("report_is_first", [True, False])
+def test_a_report_that_meets_a_new_attempt_is_not_lost(database, collecting, check_in, now, report_is_first):
+    key = collecting()
+    session = check_in().assignment.key.session_id
+
+    def report(tx):
+        row = hold_assignment(tx, key.task, key.iteration_id, session)
+        return report_completed(tx, row.key, now)
+
+    def another(tx):
+        return again(tx, key, now) is not None
+
+    first, second = (report, another) if report_is_first else (another, report)
+    with ThreadPoolExecutor(1) as other:
+        with database.write() as tx:
+            assert first(tx)
+            waiting = other.submit(lambda: _in_transaction(database, second))
+            time.sleep(0.3)
+            assert not waiting.done()
+        assert waiting.result(30)
+    with database.read() as tx:
+        row = find_assignment(tx, key.task, key.iteration_id, session)
+        history = schema.assignment_status_history
+        steps = tx.execute(history.select().where(history.c.session_id == session).order_by(history.c.status_id)).all()
+    assert (row.key.iteration.attempt_id, row.status) == (1, AssignmentStatus.LOCAL_COMPLETED)
+    assert [(one.attempt_id, one.status_id, one.status) for one in steps] == [(1, 1, 0), (1, 2, 1)]
+
+
+def _in_transaction(database, work):
+    with database.write() as tx:
+        return work(tx)

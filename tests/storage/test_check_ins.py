@@ -50,7 +50,7 @@ def outline(answers):
 def test_check_ins_that_come_together_are_answered_as_if_one_came_after_the_other(database, collecting, now):
     random_ = random.Random(5)
     answers = {}
-    for way in ("together", "in turn"):
+    for way in ("together", "in-turn"):
         training = collecting(way, max_aggregation_size=7, max_client_version="20")
         evaluation = collecting(way, max_aggregation_size=4, min_client_version="10", evaluates=1, weight=3)
         separations = {training.task: 1, evaluation.task: 0}
@@ -81,7 +81,7 @@ def test_check_ins_that_come_together_are_answered_as_if_one_came_after_the_othe
                 stored = {row.key: row for row in list_assignments(tx, key)}
                 given = {one.assignment.key: one.assignment for one in found if isinstance(one, Assigned)}
                 assert stored == {key_: row for key_, row in given.items() if key_.iteration == key}
-    assert answers["together"] == answers["in turn"]
+    assert answers["together"] == answers["in-turn"]
     assert {type(one) for one in answers["together"]} == {Declined, tuple}
 
 

@@ -17,11 +17,12 @@ from fedcompute.storage.iterations import (
     move_iteration,
     newest_iteration,
     next_iteration,
+    tasks_to_advance,
 )
 from fedcompute.storage.keys import IterationKey
 from fedcompute.storage.releases import Standing, append_releases, completed_iterations, ledger_entries, metrics_of
 from fedcompute.storage.schema import IterationStatus, TaskStatus
-from fedcompute.storage.tasks import cancel_task, get_task, pause_task
+from fedcompute.storage.tasks import cancel_task, create_task, get_task, open_task, pause_task
 
 FIRST = Standing(0, None)
 
@@ -253,3 +254,26 @@ def test_the_ledger_outlives_its_task(database, applying, releases, now):
         assert metrics_of(tx, key.task) == []
         assert tx.execute(schema.iteration_status_history.select()).all() == []
         assert len(ledger_entries(tx, "digits", task=key.task)) == 2
+
+
+def test_a_metric_is_stored_whatever_the_length_of_its_name(database, applying, now):
+    key = applying()
+    name = "loss/" + "x" * 300
+    with database.write() as tx:
+        assert close_and_open_next(tx, key, metrics={name: 1.0}, releases=(), standing=None, following=None, now=now)
+        assert [(one.name, one.value) for one in metrics_of(tx, key.task)] == [(name, 1.0)]
+
+
+def test_tasks_behind_the_first_page_are_advanced_as_well(database, task_proto, collecting, now):
+    with database.write() as tx:
+        keys = [create_task(tx, task_proto(f"p{number}"), now).key for number in range(5)]
+        for key in keys:
+            assert open_task(tx, key, now)
+    busy, overlapping = collecting("busy"), collecting("overlapping", max_parallel=2)
+    with database.read() as tx:
+        found, after = [], None
+        while page := tasks_to_advance(tx, after=after, limit=2):
+            after = page[-1].key
+            found += [one.key for one in page]
+    assert found == sorted([*keys, overlapping.task])
+    assert busy.task not in found

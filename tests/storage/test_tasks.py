@@ -6,9 +6,16 @@ from sqlalchemy import Select
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema
-from fedcompute.storage.iterations import get_iteration, list_iterations
+from fedcompute.storage.assignments import list_assignments, report_completed
+from fedcompute.storage.iterations import (
+    create_iteration,
+    get_iteration,
+    iterations_of,
+    list_iterations,
+    next_iteration,
+)
 from fedcompute.storage.keys import AssignmentKey, BatchKey, IterationKey, TaskKey
-from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskKind, TaskStatus
+from fedcompute.storage.schema import ACTIVE_ITERATION, AssignmentStatus, IterationStatus, TaskKind, TaskStatus
 from fedcompute.storage.tasks import (
     cancel_task,
     complete_task,
@@ -239,3 +246,25 @@ def test_text_with_a_nul_is_no_failure_of_the_database(database, task_proto, now
         assert get_task(tx, key).correlation_id == "a\ufffdb"
         assert get_task(tx, TaskKey("digits\0", 1)) is None
         assert list_tasks(tx, population="\0") == []
+
+
+def test_what_rounds_under_way_no_longer_need_ends_with_their_task(
+    database, collecting, uploaded, published, check_in, now
+):
+    first = collecting("p", max_parallel=2, max_aggregation_size=3)
+    batched, loose, _ = uploaded(first, 3)
+    published(first, [batched])
+    with database.write() as tx:
+        task = get_task(tx, first.task)
+        assert create_iteration(tx, next_iteration(task, get_iteration(tx, first), released=0), now)
+    working, uploading = check_in("p").assignment, check_in("p").assignment
+    with database.write() as tx:
+        assert report_completed(tx, uploading.key, now)
+        assert complete_task(tx, first.task, now, reason=Reason.BUDGET_SPENT)
+        second = working.key.iteration
+        assert {one.status for one in iterations_of(tx, first.task)} == {IterationStatus.CANCELED}
+        found = {row.key.session_id: row.status for key in (first, second) for row in list_assignments(tx, key)}
+    assert found[batched] is AssignmentStatus.UPLOAD_COMPLETED
+    assert found[loose] is found[uploading.key.session_id] is AssignmentStatus.CANCELED
+    # Its report or its time-out tells how it fared.
+    assert found[working.key.session_id] is AssignmentStatus.ASSIGNED

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import typer
 
 from fedcompute.errors import OperationFailed, Reason
 
@@ -17,7 +20,19 @@ def connect(server: str, api_key_file: Path | None) -> "OperatorApi":
     """A client of the server with the caller's key, if it has one; raises OperationFailed as `api_key` does."""
     from fedcompute.monitoring.operator_api import OperatorApi
 
-    return OperatorApi(server, api_key(api_key_file))
+    key = api_key(api_key_file)
+    if key is not None:
+        warn_of_plain_text(server)
+    return OperatorApi(server, key)
+
+
+def warn_of_plain_text(server: str) -> None:
+    """Tells the user, on stderr, if what is sent to a URL can be read on its way to another machine."""
+    from fedcompute.server.security.operators import is_loopback
+
+    parts = urlsplit(server)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        typer.echo(f"note: the API key travels to {parts.hostname} unencrypted; use https://", err=True)
 
 
 def api_key(file: Path | None) -> str | None:

@@ -29,7 +29,8 @@ from fedcompute.server.configuration import (
 )
 from fedcompute.server.logs import Logs, configure_logging
 from fedcompute.server.security.operators import opens_without_key
-from fedcompute.server.settings import Settings, about
+from fedcompute.server.setting import about
+from fedcompute.server.settings import Settings
 
 if TYPE_CHECKING:
     import uvicorn
@@ -63,7 +64,7 @@ def server(config: Path | None, show_config: bool, as_json: bool, **flags: str |
 def _options() -> list[inspect.Parameter]:
     found = [_option(one) for one in setting_fields()]
     for name, kind, default, info in (
-        ("config", Path | None, None, typer.Option(help="TOML file with settings.", envvar=CONFIG_VARIABLE)),
+        ("config", Path | None, None, typer.Option(help=f"TOML file with settings. Default: {CONFIG_VARIABLE}.")),
         ("show_config", bool, False, typer.Option("--show-config", help="Print every setting with its source.")),
         ("as_json", bool, False, typer.Option("--json", help="Print one JSON document instead of text.")),
     ):
@@ -79,7 +80,7 @@ def _option(field: "dataclasses.Field[Any]") -> inspect.Parameter:
         "rich_help_panel": facts.panel,
         "show_default": False,
     }
-    if kind is kind_of("allow_plaintext_uploads"):
+    if kind.is_switch:
         flag = flag_of(field.name)
         return _parameter(field.name, bool | None, None, typer.Option(f"{flag}/--no-{flag[2:]}", **options))
     annotation = list[str] | None if kind.many else str | None
@@ -183,13 +184,17 @@ def _announcement(settings: Settings, *, as_json: bool) -> str:
                 "operators_need_api_key": not opens_without_key(settings),
             }
         )
+    for_devices = (
+        f"  devices use     {settings.base_url}\n  public keys     {settings.base_url}{KEY_PATH}\n"
+        if settings.runs_api
+        else "  devices use     another server; this one only runs rounds\n"
+    )
     return (
         f"fedcompute server {__version__}\n"
         f"  listening on    {listening}\n"
-        f"  devices use     {settings.base_url}\n"
-        f"  public keys     {settings.base_url}{KEY_PATH}\n"
+        f"{for_devices}"
         f"  data directory  {settings.data_dir}\n"
-        f"{_for_operators(settings)}"
+        f"{_for_operators(settings) if settings.runs_api else ''}"
         f"  stop with       Ctrl-C; rounds in progress go on at the next start"
     )
 

@@ -136,7 +136,7 @@ class OperatorApi:
         return list(islice(self._pages("/api/v1/audit", {}, "acts", min(limit, _LONGEST_PAGE)), limit))
 
     def encryption_keys(self) -> list[dict[str, Any]]:
-        """The server's own encryption keys, newest first: `id`, `published`, `created`, `published_until`, `expires`."""
+        """The server's encryption keys, newest first: `id`, `published`, `created`, `published_until`, `expires`."""
         return self._listed(self._document("/api/v1/encryption-keys", {}), "encryption_keys")
 
     def rotate_encryption_keys(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any, get_type_hints
 
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.kinds import Kind, kind_of_type, toml_string
-from fedcompute.server.settings import RetryWindow, Settings, about
+from fedcompute.server.setting import about
+from fedcompute.server.settings import RetryWindow, Settings
 
 PREFIX = "FEDCOMPUTE_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -70,8 +71,8 @@ def configure(
     wrong type, an unknown key, a misspelt variable, an empty variable, a file that cannot be read, or a value that
     `Settings` refuses; the message names where the value came from.
     """
-    if file is None and environment.get(CONFIG_VARIABLE):
-        file = Path(environment[CONFIG_VARIABLE])
+    if file is None and CONFIG_VARIABLE in environment:
+        file = Path(_filled(CONFIG_VARIABLE, environment[CONFIG_VARIABLE]))
     values: dict[str, tuple[Any, str]] = _from_file(file) if file is not None else {}
     values |= _from_environment(environment)
     for name, given in flags.items():
@@ -159,15 +160,20 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[Any, st
             _refuse_misspelt(variable)
             continue
         kind = kind_of(name)
-        if not text.strip() and not kind.many:
-            raise OperationFailed(
-                Reason.SETTINGS_INVALID, f"{variable} is set and empty", remedy="give it a value, or do not set it"
-            )
         try:
-            values[name] = (kind.read_text(text), variable)
+            values[name] = (kind.read_text(text if kind.many else _filled(variable, text)), variable)
         except ValueError as error:
             raise _invalid(variable, name, error) from None
     return values
+
+
+def _filled(variable: str, text: str) -> str:
+    # What fills variables from elsewhere leaves them empty when it finds nothing; to go on with a default hides that.
+    if not text.strip():
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID, f"{variable} is set and empty", remedy="give it a value, or do not set it"
+        )
+    return text
 
 
 def _refuse_misspelt(variable: str) -> None:

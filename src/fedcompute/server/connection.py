@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 from typing import Any
 
 import h11
@@ -16,6 +17,8 @@ HEAD_BYTES_LIMIT = 64 * 1024
 # How long a refused sender may go on: to close at once would take the answer away from one that has not read it.
 _LINGER_S = 2.0
 _HEAD_TOO_LARGE = 431
+# Files that the process may open, less those that database, blobs and workers need.
+MOST_CONNECTIONS = max(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 256)
 
 
 class BoundedConnection(H11Protocol):
@@ -23,7 +26,8 @@ class BoundedConnection(H11Protocol):
 
     The web server's own time-out ends with the first byte of the next request, so a sender of half a head would hold
     its connection for ever; so would one that sends on after a refusal, and one that does not take its answer. While a
-    request is being answered the clock of its body applies (`security.limits`). What is no HTTP/1.1 is answered with
+    request is being answered the clock of its body applies (`security.limits`). Beyond `MOST_CONNECTIONS` whoever has
+    said nothing for the longest time makes room for the next one. What is no HTTP/1.1 is answered with
     a typed error and its length, never passed on, and ends the connection: nobody can hide a second request in it.
     """
 
@@ -38,6 +42,8 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._look()
+        if len(self.connections) > MOST_CONNECTIONS:
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watch is not None:
@@ -66,6 +72,14 @@ class BoundedConnection(H11Protocol):
             self.loop.call_later(_LINGER_S, self.transport.close)
         else:
             self.transport.close()
+
+    def _make_room(self) -> None:
+        others = (one for one in self.connections if isinstance(one, BoundedConnection) and one is not self)
+        idle = [one for one in others if one.cycle is None or one.cycle.response_complete]
+        if idle:
+            min(idle, key=lambda one: one._since).transport.abort()
+        else:
+            self.transport.abort()
 
     def _look(self) -> None:
         untaken = self.transport.get_write_buffer_size()

@@ -23,6 +23,7 @@ class Kind:
     write_toml: Callable[[Any], str]
     show: Callable[[Any], str] = str  # for people
     many: bool = False  # a list: at a prompt the option is repeated, or commas stand between
+    is_switch: bool = False  # at a prompt without a value
 
 
 def kind_of_type(annotation: Any) -> Kind:

@@ -4,21 +4,31 @@
 # ruff: noqa: RUF009
 
 import os
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
 
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.security.rates import read_networks
+from fedcompute.server.setting import (
+    ADDRESS,
+    AUTHENTICATION,
+    KEYS,
+    LIMITS,
+    LOGS,
+    OPERATORS,
+    RETENTION,
+    ROLES,
+    STORAGE,
+    WAITING,
+    about,
+    setting,
+)
 
 # Devices clamp longer windows to two days (spec/device.md 1.5), and ignore bounds below a millisecond.
 _LONGEST_DELAY = 2 * 86_400.0
 _SHORTEST_DELAY = 0.001
 _LONGEST_KEPT_DAYS = 36_500
-_ABOUT = "about"
 _KEY_SERVICE = ("key_service_a", "key_service_b", "key_service_public_url")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,45 +47,6 @@ def _default_workers() -> int:
 API = "api"
 ENGINE = "engine"
 
-ADDRESS = "Address"
-STORAGE = "Storage"
-ROLES = "Work and workers"
-WAITING = "When devices come back, and how long the server waits"
-LIMITS = "Limits"
-KEYS = "Encryption keys"
-AUTHENTICATION = "Authentication of devices"
-OPERATORS = "Operators"
-RETENTION = "Retention"
-LOGS = "Logs"
-
-
-@dataclass(frozen=True)
-class About:
-    """What a field of `Settings` says about itself; the program, the file and the documentation are made from it."""
-
-    help: str
-    panel: str
-    shown: str = ""  # what stands for a default that depends on other settings
-    choices: tuple[str, ...] = ()
-    secret: bool = False  # never shown; may hold a password
-
-
-def setting(
-    default: T, text: str, panel: str, *, shown: str = "", choices: tuple[str, ...] = (), secret: bool = False
-) -> T:
-    """A field of `Settings` with its default, one sentence of help and the panel that lists it.
-
-    Flag, environment variable and key of the settings file follow from the field's name (`server.configuration`).
-    """
-    about = About(text, panel, shown, choices, secret)
-    return field(default=default, repr=not secret, metadata={_ABOUT: about})
-
-
-def about(one: "Field[Any]") -> About:
-    """What a field of `Settings` says about itself; a field without `setting` says nothing."""
-    found = one.metadata.get(_ABOUT)
-    return found if isinstance(found, About) else About("", "Other")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -89,7 +60,7 @@ class Settings:
 
     data_dir: Path = setting(Path("fedcompute-data"), "Where the database and the blobs lie; made if missing.", STORAGE)
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for every network.", ADDRESS)
-    port: int = setting(8080, "Port to listen on; 0 for any free one.", ADDRESS)
+    port: int = setting(8080, "Port to listen on; 0 for any free one.", ADDRESS, minimum=0, maximum=65_535)
     public_url: str | None = setting(
         None, "The URL by which devices know this server.", ADDRESS, shown="http://localhost:PORT, https with TLS"
     )
@@ -100,7 +71,11 @@ class Settings:
     )
     tls_key: Path | None = setting(None, "PEM file with the certificate's private key, not encrypted.", ADDRESS)
     stop_grace: float = setting(
-        10.0, "Seconds that requests under way may take after a signal to stop; a second signal ends at once.", ADDRESS
+        10.0,
+        "Seconds that requests under way may take after a signal to stop; a second signal ends at once.",
+        ADDRESS,
+        minimum=0,
+        maximum=3600,
     )
     database_url: str | None = setting(
         None,
@@ -128,10 +103,10 @@ class Settings:
         RetryWindow(86_400.0, 172_800.0), "When the device's version fits no task.", WAITING
     )
 
-    signed_url_life: float = setting(900.0, "Seconds that an upload URL is valid.", WAITING)
-    artifact_url_life: float = setting(3_600.0, "Seconds that a download URL is valid.", WAITING)
-    local_compute_timeout: float = setting(900.0, "Seconds that a device has to compute.", WAITING)
-    upload_timeout: float = setting(900.0, "Seconds that a device has to upload.", WAITING)
+    signed_url_life: float = setting(900.0, "Seconds that an upload URL is valid.", WAITING, above=0)
+    artifact_url_life: float = setting(3_600.0, "Seconds that a download URL is valid.", WAITING, above=0)
+    local_compute_timeout: float = setting(900.0, "Seconds that a device has to compute.", WAITING, above=0)
+    upload_timeout: float = setting(900.0, "Seconds that a device has to upload.", WAITING, above=0)
 
     roles: tuple[str, ...] = setting(
         (API, ENGINE),
@@ -139,29 +114,45 @@ class Settings:
         ROLES,
         choices=(API, ENGINE),
     )
-    collector_batch_size: int = setting(50, "Uploads that are aggregated together.", ROLES)
-    workers: int = setting(0, "Processes that aggregate and update; 0: one less than the CPUs, 1 to 4.", ROLES)
-    job_attempts: int = setting(3, "How often a failing job is tried.", ROLES)
-    round_attempts: int = setting(3, "How often a round that expired or failed is tried.", ROLES)
+    collector_batch_size: int = setting(50, "Uploads that are aggregated together.", ROLES, above=0)
+    workers: int = setting(
+        0, "Processes that aggregate and update; 0: one less than the CPUs, 1 to 4.", ROLES, minimum=0
+    )
+    job_attempts: int = setting(3, "How often a failing job is tried.", ROLES, above=0)
+    round_attempts: int = setting(3, "How often a round that expired or failed is tried.", ROLES, above=0)
     round_expiry: float = setting(
-        0.0, "Seconds after which a round that still collects is tried anew; 0: it may take any time.", WAITING
+        0.0,
+        "Seconds after which a round that still collects is tried anew; 0: it may take any time.",
+        WAITING,
+        minimum=0,
     )
     artifact_expiry: float = setting(
-        7 * 86_400.0, "Seconds that a new task waits for its artifacts before it fails; 0: for ever.", WAITING
+        7 * 86_400.0,
+        "Seconds that a new task waits for its artifacts before it fails; 0: for ever.",
+        WAITING,
+        minimum=0,
     )
     lease_lifetime: float = setting(
-        10.0, "Seconds without a sign of life after which another server takes over a server's jobs.", ROLES
+        10.0, "Seconds without a sign of life after which another server takes over a server's jobs.", ROLES, above=0
     )
 
-    max_upload_bytes: int = setting(128 * 1024 * 1024, "Largest upload, as it travels.", LIMITS)
-    max_checkpoint_bytes: int = setting(512 * 1024 * 1024, "Largest checkpoint or plan, uncompressed.", LIMITS)
-    max_check_ins: int = setting(1024, "Check-ins answered at once; more are told to come again.", LIMITS)
-    max_reports: int = setting(1024, "Reports answered at once; more wait, then are told to come again.", LIMITS)
-    max_uploads: int = setting(512, "Uploads taken at once; more wait.", LIMITS)
-    check_ins_per_address: float = setting(0.0, "Check-ins a second of one address; 0: any number.", LIMITS)
-    check_ins_per_owner: float = setting(0.0, "Check-ins a second of one app's devices; 0: any number.", LIMITS)
-    challenges_per_address: float = setting(0.0, "Challenges a second to one address; 0: any number.", LIMITS)
-    challenges_per_owner: float = setting(0.0, "Challenges a second to one app's devices; 0: any number.", LIMITS)
+    max_upload_bytes: int = setting(128 * 1024 * 1024, "Largest upload, as it travels.", LIMITS, above=0)
+    max_checkpoint_bytes: int = setting(512 * 1024 * 1024, "Largest checkpoint or plan, uncompressed.", LIMITS, above=0)
+    max_check_ins: int = setting(1024, "Check-ins answered at once; more are told to come again.", LIMITS, above=0)
+    max_reports: int = setting(
+        1024, "Reports answered at once; more wait, then are told to come again.", LIMITS, above=0
+    )
+    max_uploads: int = setting(512, "Uploads taken at once; more wait.", LIMITS, above=0)
+    check_ins_per_address: float = setting(0.0, "Check-ins a second of one address; 0: any number.", LIMITS, minimum=0)
+    check_ins_per_owner: float = setting(
+        0.0, "Check-ins a second of one app's devices; 0: any number.", LIMITS, minimum=0
+    )
+    challenges_per_address: float = setting(
+        0.0, "Challenges a second to one address; 0: any number.", LIMITS, minimum=0
+    )
+    challenges_per_owner: float = setting(
+        0.0, "Challenges a second to one app's devices; 0: any number.", LIMITS, minimum=0
+    )
     trusted_proxies: str = setting(
         "", "Addresses or networks, comma-separated, whose X-Forwarded-For is believed.", LIMITS
     )
@@ -203,8 +194,8 @@ class Settings:
 
     # A key is handed out for twice key_rotation seconds, is valid as long as a device may remember it, and is kept
     # a day longer for runs and uploads on their way (spec/device.md 2.2).
-    key_rotation: float = setting(7 * 86_400.0, "Seconds after which a new encryption key is made.", KEYS)
-    key_max_age: float = setting(7 * 86_400.0, "Seconds for which devices may remember a key.", KEYS)
+    key_rotation: float = setting(7 * 86_400.0, "Seconds after which a new encryption key is made.", KEYS, above=0)
+    key_max_age: float = setting(7 * 86_400.0, "Seconds for which devices may remember a key.", KEYS, above=0)
     secret_file: Path | None = setting(
         None,
         "File with the operator secret, under which keys and secrets are stored; one for all servers of a database. "
@@ -236,18 +227,36 @@ class Settings:
     key_service_kms_b: str = setting("plain", "What decrypts the second coordinator's shares.", KEYS)
 
     keep_updates_days: float = setting(
-        1.0, "Days that updates and un-noised sums are kept after their round is over.", RETENTION
+        1.0,
+        "Days that updates and un-noised sums are kept after their round is over.",
+        RETENTION,
+        minimum=0,
+        maximum=_LONGEST_KEPT_DAYS,
     )
     keep_checkpoints_days: float = setting(
-        360.0, "Days that a round's checkpoints are kept; the initial and the newest ones stay.", RETENTION
+        360.0,
+        "Days that a round's checkpoints are kept; the initial and the newest ones stay.",
+        RETENTION,
+        minimum=0,
+        maximum=_LONGEST_KEPT_DAYS,
     )
     keep_newest_checkpoints: int = setting(10, "Newest checkpoints of a task that stay, however old.", RETENTION)
     keep_assignments_days: float = setting(
-        360.0, "Days that the single assignments of a task are kept after its end.", RETENTION
+        360.0,
+        "Days that the single assignments of a task are kept after its end.",
+        RETENTION,
+        minimum=0,
+        maximum=_LONGEST_KEPT_DAYS,
     )
-    retention_period: float = setting(600.0, "Seconds between two looks for what is old; 0: never.", RETENTION)
+    retention_period: float = setting(
+        600.0, "Seconds between two looks for what is old; 0: never.", RETENTION, minimum=0, maximum=30 * 86_400
+    )
     evaluation_lookback_hours: float = setting(
-        0.0, "Age in hours up to which evaluations choose a checkpoint; 0: any age.", ROLES
+        0.0,
+        "Age in hours up to which evaluations choose a checkpoint; 0: any age.",
+        ROLES,
+        minimum=0,
+        maximum=24 * _LONGEST_KEPT_DAYS,
     )
 
     log_level: str = setting(
@@ -256,44 +265,17 @@ class Settings:
     log_format: str = setting("text", "How a line of the log is written.", LOGS, choices=("text", "json"))
 
     def __post_init__(self) -> None:
-        for name in ("retry_no_task", "retry_no_active_task", "retry_version_mismatch", "retry_unauthorized"):
-            window: RetryWindow = getattr(self, name)
-            if not _SHORTEST_DELAY <= window.minimum <= window.maximum <= _LONGEST_DELAY:
-                raise _invalid(name, "needs 0.001 <= minimum <= maximum <= 172800 seconds")
-        for name in (
-            "signed_url_life", "artifact_url_life", "local_compute_timeout", "upload_timeout",
-            "collector_batch_size", "job_attempts", "round_attempts", "lease_lifetime", "max_upload_bytes", "max_checkpoint_bytes", "key_rotation",
-            "max_check_ins", "max_reports", "max_uploads",
-            "key_max_age",
-        ):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise _invalid(name, "must be greater than 0")
-        if not 0 <= self.port <= 65_535:
-            raise _invalid("port", "must be a number from 0 to 65535")
         for one in fields(self):
-            choices, value = about(one).choices, getattr(self, one.name)
-            for single in (value if isinstance(value, tuple) else (value,)) if choices else ():
-                if single not in choices:
-                    raise _invalid(one.name, f"{single!r} is none of {', '.join(choices)}")
+            value = getattr(self, one.name)
+            problem = _window_fault(value) if isinstance(value, RetryWindow) else about(one).fault(value)
+            if problem:
+                raise _invalid(one.name, problem)
         self._check_roles()
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_certificate"
             raise _invalid(missing, "certificate and key are set together or not at all")
-        if not 0 <= self.stop_grace <= 3600:
-            raise _invalid("stop_grace", "must be between 0 and 3600 seconds")
-        for name in ("keep_updates_days", "keep_checkpoints_days", "keep_assignments_days"):
-            if not 0 <= getattr(self, name) <= _LONGEST_KEPT_DAYS:
-                raise _invalid(name, f"must be between 0 and {_LONGEST_KEPT_DAYS} days")
         if self.keep_newest_checkpoints < 1:
             raise _invalid("keep_newest_checkpoints", "must be 1 or more: the next round starts from the newest")
-        for name in ("workers", "round_expiry", "artifact_expiry", "retention_period", "evaluation_lookback_hours"):
-            if getattr(self, name) < 0:
-                raise _invalid(name, "must not be negative")
-        for name in (
-            "check_ins_per_address", "check_ins_per_owner", "challenges_per_address", "challenges_per_owner"
-        ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise _invalid(name, "must not be negative")
         try:
             read_networks(self.trusted_proxies)
         except ValueError:
@@ -379,6 +361,12 @@ class Settings:
     def worker_count(self) -> int:
         """Number of worker processes."""
         return self.workers or _default_workers()
+
+
+def _window_fault(window: RetryWindow) -> str | None:
+    if _SHORTEST_DELAY <= window.minimum <= window.maximum <= _LONGEST_DELAY:
+        return None
+    return "needs 0.001 <= minimum <= maximum <= 172800 seconds"
 
 
 def _invalid(name: str, rule: str) -> OperationFailed:

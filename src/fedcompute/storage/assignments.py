@@ -59,6 +59,16 @@ def find_assignment(tx: Transaction, task: TaskKey, iteration_id: int, session_i
     return None if row is None else assignment_row(row)
 
 
+def hold_assignment(tx: Transaction, task: TaskKey, iteration_id: int, session_id: str) -> AssignmentRow | None:
+    """As `find_assignment`, and nobody else moves the assignment, nor its round to another attempt, until `tx` ends."""
+    table = schema.assignment
+    where = [table.c.session_id == session_id, schema.of_task(table, task), table.c.iteration_id == iteration_id]
+    held = select(table).where(*where).with_for_update(key_share=True)
+    # Where another attempt took the row over while this waited, the row that it waited for is gone.
+    row = tx.execute(held).one_or_none() or tx.execute(held).one_or_none()
+    return None if row is None else assignment_row(row)
+
+
 def rebind_session(tx: Transaction, assignment: AssignmentRow, token_hash: str) -> bool:
     """Binds an assignment to another token than the one in `assignment`; False if it has a third one by now."""
     table = schema.assignment

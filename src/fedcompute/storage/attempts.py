@@ -82,7 +82,9 @@ def _hand_over(
 ) -> None:
     """Gives rows and their histories another attempt: it is part of their keys, so they are written anew."""
     table = machine.table
-    names = list(tx.execute(select(table.c[name]).where(*where).order_by(table.c[name])).scalars())
+    # Reports take no lock but that of their row: one that came first is seen, one that comes later waits.
+    held = select(table.c[name]).where(*where).order_by(table.c[name]).with_for_update()
+    names = list(tx.execute(held).scalars())
     for start in range(0, len(names), _CHUNK):
         these = names[start : start + _CHUNK]
         rows = _changed(tx, machine.table, name, these, new)

@@ -14,8 +14,9 @@ from sqlalchemy.exc import IntegrityError
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema, transitions
+from fedcompute.storage.assignments import cancel_unused
 from fedcompute.storage.database import Transaction, lock_population
-from fedcompute.storage.keys import TaskKey
+from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.schema import ACTIVE_ITERATION, STARTED_TASK, TO_API, IterationStatus, TaskKind, TaskStatus
 
 POPULATION_LIMIT = 64
@@ -183,7 +184,8 @@ def complete_task(
 ) -> bool:
     """OPEN or PAUSED, or what `statuses` allows of the two, -> COMPLETED; False if the task was in none of them.
 
-    `reason`: why, if it has not run all of its rounds; rounds under way are CANCELED.
+    `reason`: why, if it has not run all of its rounds; rounds under way are CANCELED, and what they need no more
+    (`cancel_unused`).
     """
     return _stop(tx, key, statuses, TaskStatus.COMPLETED, now, reason=_code(reason))
 
@@ -269,7 +271,8 @@ def _stop(
         return False
     for status in ACTIVE_ITERATION:
         where = [schema.of_task(schema.iteration, key)]
-        transitions.move(tx, transitions.ITERATION, where, status, IterationStatus.CANCELED, now)
+        for row in transitions.move(tx, transitions.ITERATION, where, status, IterationStatus.CANCELED, now):
+            cancel_unused(tx, IterationKey(key.population, key.task_id, row["iteration_id"], row["attempt_id"]), now)
     return True
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fedcompute.errors import ArtifactInvalid, Reason, UploadRejected
+from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason, UploadRejected
 from fedcompute.protos import learning_pb2, plan_pb2
 from fedcompute.server.graph_plans.leaves import check_leaves
 from fedcompute.server.graph_plans.plan import add_up, carries_graphs, kind_of, open_graph_plan, try_out
@@ -270,6 +270,38 @@ def test_no_file_stays_behind(opened, graphs, tmp_path, monkeypatch):
     with pytest.raises(ArtifactInvalid):
         opened.client_checkpoint(write_checkpoint({}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_takes_no_files_is_the_storages_fault(graphs, tmp_path, monkeypatch):
+    plan = open_graph_plan(graphs.one_graph())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(OperationFailed) as failed:
+        total_of(plan, [graphs.update_of(0)])
+    assert failed.value.reason is Reason.STORAGE_FAILED
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of a file's size are Linux's here")
+def test_a_disk_that_is_full_is_the_storages_fault(reference, tmp_path):
+    (tmp_path / "plan").write_bytes(reference("plan.pb"))
+    script = """
+import resource, signal, sys
+from fedcompute.errors import FedComputeError
+from fedcompute.protos import plan_pb2
+from fedcompute.server.graph_plans.plan import open_graph_plan
+plan = open_graph_plan(plan_pb2.Plan.FromString(open(sys.argv[1], "rb").read()))
+with plan.accumulator() as total:
+    # No write may go beyond this, as on a disk without space.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
+    try:
+        total.partial()
+    except FedComputeError as error:
+        print(error.reason.value)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "plan")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "storage_failed"
 
 
 def test_without_tensorflow_the_error_says_what_to_install(graphs, tmp_path):

@@ -169,6 +169,24 @@ def test_a_bad_upload_costs_one_contribution_and_no_round(api, graphs, hand_made
     assert iteration["assignments"]["REMOTE_FAILED"] == 2, iteration
 
 
+@pytest.mark.parametrize("form", ["one_graph", "two_graphs"])
+def test_batches_are_merged_to_the_sum_of_all_their_devices(run_server, graphs, hand_made, form):
+    api, population, update = run_server(collector_batch_size=2).api, "graphs-batches", graphs.update_of(1)
+    message, state = getattr(graphs, form)(), write_checkpoint(graphs.initial_state())
+    plans = message.SerializeToString(), hand_made.client_plan()
+    task_id, found = create(api, population, *plans, state, goal=4, room=4)
+    assert found["task"]["status"] == "OPEN", found
+    for place in [api.upload_instruction(told(api, population)[0]) for _ in range(4)]:
+        assert api.upload(place, api.seal(update)).status_code == 200
+    finished(api, population, task_id, 1)
+    plan = open_graph_plan(message)
+    partial = graph_plan.add_up(plan, ["a", "b"], lambda _: update).partial
+    applied = plan.apply(state, [partial, partial], 4)
+    assert write_checkpoint(api.checkpoint(population, task_id, 1)) == applied.checkpoint
+    entries = api.http.get(f"{api.url}/api/v1/populations/{population}/ledger").json()["entries"]
+    assert {one["contributions"] for one in entries} == {4}
+
+
 def test_the_ledger_counts_a_model_of_graphs_as_one_without_protection(api, graphs, hand_made):
     population = "graphs-ledger"
     task_id, _ = create(

@@ -1,8 +1,10 @@
 """Devices that prove themselves over HTTP: the dance of challenge and answer, and every way to get it wrong."""
 
 import base64
+import contextlib
 import json
 import logging
+import sqlite3
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -10,6 +12,8 @@ import pytest
 from sqlalchemy import select, update
 
 from fedcompute.protos import federatedcompute_pb2, learning_pb2, task_assignments_pb2
+from fedcompute.server.rounds.passes import Passes
+from fedcompute.server.security import authentication
 from fedcompute.server.security.tokens import token_hash
 from fedcompute.storage import schema
 
@@ -509,3 +513,117 @@ def test_challenges_beyond_the_rate_are_answered_with_a_window(server, enrol):
     is_challenged(device.check_in("digits", attempts=3))
     is_turned_away(device.check_in("digits", attempts=3), 200, Rejection.UNAUTHENTICATED)
     assert decisions(running) == {"challenged": 3, "challenged too often": 1}
+
+
+@KINDS
+def test_challenges_and_tokens_outlive_a_restart(device_of, server, hand_made, tmp_path, kind):
+    data = tmp_path / "kept"
+    first, device = device_of(kind, data_dir=data)
+    challenged = device.check_in("digits")
+    first.stop()
+    second = server(kind, data_dir=data)
+    device.api = second.api
+    assert device.check_in("digits", device.answer(challenged)).status_code == 200
+    second.stop()
+    third = server(kind, data_dir=data)
+    device.api = third.api
+    assert device.check_in("digits").status_code == 200
+    assert decisions(third) == {"admitted": 1}
+
+
+def test_tokens_of_a_kind_that_is_taken_no_more_are_challenged(server, enrol, tmp_path):
+    data = tmp_path / "kept"
+    first = server("both", data_dir=data)
+    device = enrol(first.api)
+    device.check_in("digits", device.answer(device.check_in("digits")))
+    assert device.check_in("digits").status_code == 200
+    first.stop()
+    device.api = server("attestation", data_dir=data).api
+    is_challenged(device.check_in("digits"))
+
+
+def test_what_was_decided_can_be_read_and_failures_of_policy_are_told_apart(server, enrol, maker, devices):
+    running = server("both")
+    api = running.api
+    assert api.http.get(f"{api.url}/api/v1/authentication").json() == {"devices": "both", "decisions": {}}
+    device = enrol(api)
+    device.secret = bytes(32)
+    device.check_in("digits", device.answer(device.check_in("digits")))
+    phone = devices.attested(api, maker)
+    phone.claims = {"locked": False}
+    phone.check_in("digits", phone.answer(phone.check_in("digits")))
+    found = api.http.get(f"{api.url}/api/v1/authentication").json()["decisions"]
+    assert found == {"challenged": 2, "refused: enrolment_refused": 1, "refused: attestation_device": 1}
+
+
+def test_enrolling_and_revoking_are_in_the_audit_log_without_the_secret(server, enrol):
+    api = server("enrolment").api
+    device = enrol(api)
+    api.http.delete(f"{api.url}/api/v1/enrolments/{device.id}")
+    response = api.http.get(f"{api.url}/api/v1/audit")
+    acts = [(one["action"], device.id in one["subject"]) for one in response.json()["acts"]]
+    assert acts == [("enrolment.revoke", True), ("enrolment.create", True)]
+    assert base64.b64encode(device.secret).decode() not in response.text
+
+
+@pytest.mark.parametrize(
+    "document", [{}, {"label": 1}, {"label": ""}, {"label": "x", "count": 0}, {"label": "x", "count": True}]
+)
+def test_an_enrolment_that_cannot_be_made_is_a_typed_refusal(server, document):
+    api = server("enrolment").api
+    response = api.http.post(f"{api.url}/api/v1/enrolments", json=document)
+    assert (response.status_code, response.json()["code"]) == (400, "malformed_request")
+
+
+def test_expired_tokens_are_cleaned_by_the_engine_after_a_day(server, enrol):
+    running = server("enrolment")
+    device = enrol(running.api)
+    device.check_in("digits", device.answer(device.check_in("digits")))
+    passes = Passes(running.app.state.context)
+    for ago, left in ((timedelta(hours=23), 1), (timedelta(hours=25), 0)):
+        age_tokens(running, seconds=ago.total_seconds())
+        passes._clean()
+        with database(running).read() as tx:
+            assert len(tx.execute(select(schema.authorization_token)).all()) == left
+
+
+def test_a_token_that_cannot_be_stored_is_not_admitted_and_the_same_proof_is_good_later(
+    server, enrol, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(authentication, "_WRITE_S", 0.5)
+    running = server("enrolment")
+    device = enrol(running.api)
+    proof = device.answer(device.check_in("digits"))
+    with contextlib.closing(sqlite3.connect(running.settings.data_dir / "fedcompute.db")) as busy:
+        busy.execute("BEGIN IMMEDIATE")
+        turned_away = device.check_in("digits", proof)
+        assert turned_away.status_code == 200
+        assert info_of(turned_away).reason == Rejection.NO_TASK_AVAILABLE
+        is_challenged(device.check_in("digits"))
+        busy.rollback()
+    assert info_of(device.check_in("digits", proof)).reason == Rejection.NO_ACTIVE_TASK_EXISTS
+    assert device.check_in("digits").status_code == 200
+
+
+def test_two_servers_of_one_database_know_each_others_challenges_and_tokens(server, enrol, postgresql_url, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("s" * 40)
+    secret.chmod(0o600)
+    shared = {"database_url": postgresql_url, "secret_file": secret, "blob_url": (tmp_path / "blobs").as_uri()}
+    first, second = (server("enrolment", data_dir=tmp_path / name, **shared) for name in ("first", "second"))
+    device = enrol(first.api)
+    challenged = device.check_in("digits")
+    device.api = second.api
+    assert device.check_in("digits", device.answer(challenged)).status_code == 200
+    device.api = first.api
+    assert device.check_in("digits").status_code == 200
+    assert first.api.http.delete(f"{first.api.url}/api/v1/enrolments/{device.id}").status_code == 200
+    device.api = second.api
+    is_challenged(device.check_in("digits"))
+
+
+def test_a_server_that_takes_every_device_says_so_where_strangers_can_reach_it(hand_made, tmp_path, caplog):
+    for host, said in (("127.0.0.1", False), ("0.0.0.0", True)):
+        settings = hand_made.settings_of(tmp_path, host=host)
+        assert authentication.open_authentication(settings, None, None, b"") is None
+        assert ("every device" in caplog.text) is said

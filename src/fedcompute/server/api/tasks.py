@@ -21,9 +21,7 @@ from fedcompute.server.api.paths import task_key
 from fedcompute.server.context import Context, context_of, now
 from fedcompute.server.security.limits import TASK_LIMIT
 from fedcompute.storage.api_keys import Role
-from fedcompute.storage.assignments import cancel_unused
 from fedcompute.storage.database import Transaction, lock_population
-from fedcompute.storage.iterations import active_iterations
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.paths import MODEL, client_only_plan_path, initial_checkpoint_path, server_plan_path
 from fedcompute.storage.schema import TaskStatus
@@ -154,10 +152,7 @@ def _cancel(request: Request, key: TaskKey) -> TaskRow:
         row = existing_task(get_task(tx, key), key)
         if row.status is not TaskStatus.CREATED and not caller_of(request).role.covers(Role.OPERATOR):
             raise RequestRejected(Reason.ROLE_INSUFFICIENT, f"task {key} has opened; its end needs the role operator")
-        under_way = active_iterations(tx, key)
-        if cancel_task(tx, key, now()):
-            for one in under_way:
-                cancel_unused(tx, one.key, now())
+        cancel_task(tx, key, now())
         return existing_task(get_task(tx, key), key)
 
 

@@ -22,6 +22,7 @@ from fedcompute.storage.references import Reference, references
 from fedcompute.storage.schema import ACTIVE_TASK, RELEASED_ITERATION
 
 _LIST_LIMIT = 1_000_000
+_PROBES = "_health/"  # the readiness check's
 _SHOWN = 5
 _CONFIRMED = 10_000
 
@@ -112,7 +113,7 @@ def _left_over(tx: Transaction, listed: dict[str, list[str]]) -> dict[tuple[str,
             elif rounds[where].cleaned:
                 add("object_left_over", bucket, bucket, path)
     for path in listed.get(MODEL, []):
-        if path.startswith("_"):
+        if path.startswith(_PROBES):
             continue
         where = _place(path.split("/"))
         if where is None:

@@ -4,7 +4,9 @@ Where TensorFlow is not installed, loading a graph says so.
 """
 
 import contextlib
+import errno
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +24,7 @@ from fedcompute.tensors.tree import LeafSpec, to_dtype
 UNKNOWN = -1
 _CACHED_GRAPHS = 4
 _RUN_SECONDS = 600
+_DISK_AT_FAULT = tuple(os.strerror(one) for one in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 # What follows is the data that the graph's author wanted to see: values of devices, maybe.
 _QUOTES_VALUES = "assertion failed"
 
@@ -98,7 +101,8 @@ class GraphSession:
         """Runs nodes in one step; returns the values of the tensors `fetch`.
 
         `files`: tensor -> path; a file tensor that is not among them leads to a file that is not there, inside the
-        session's folder. Raises OperationFailed (GRAPH_FAILED), namely GraphRefused where a value is at fault.
+        session's folder. Raises OperationFailed: GRAPH_FAILED, and that as GraphRefused where a value is at fault;
+        STORAGE_FAILED for a disk that is.
         """
         tf = _tensorflow()
         graph, chosen = self._loaded.graph, files or {}
@@ -112,7 +116,10 @@ class GraphSession:
         except (tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.OutOfRangeError) as cause:
             raise GraphRefused(Reason.GRAPH_FAILED, self._told(cause)) from cause
         except tf.errors.OpError as cause:
-            raise OperationFailed(Reason.GRAPH_FAILED, self._told(cause)) from cause
+            told = self._told(cause)
+            # TensorFlow has an error of its own for every way to say this.
+            full = any(sentence in str(cause.message) for sentence in _DISK_AT_FAULT)
+            raise OperationFailed(Reason.STORAGE_FAILED if full else Reason.GRAPH_FAILED, told) from cause
         except (KeyError, ValueError, TypeError) as cause:
             raise OperationFailed(Reason.GRAPH_FAILED, f"the graph does not run: {_said(cause)}") from cause
         return [np.asarray(value) for value in values]
@@ -136,7 +143,10 @@ class GraphSession:
 
 @contextlib.contextmanager
 def session(loaded: ServerGraph) -> Iterator[GraphSession]:
-    """A session of a loaded graph; its variables and files go with it. Runs on one thread, so sums have one order."""
+    """A session of a loaded graph; its variables and files go with it. Runs on one thread, so sums have one order.
+
+    Raises OperationFailed (STORAGE_FAILED) where there is no place for files.
+    """
     tf = _tensorflow()
     config = tf.compat.v1.ConfigProto(
         intra_op_parallelism_threads=1,
@@ -144,8 +154,12 @@ def session(loaded: ServerGraph) -> Iterator[GraphSession]:
         use_per_session_threads=True,
         device_count={"GPU": 0},
     )
-    with private_folder() as folder, tf.compat.v1.Session(graph=loaded.graph, config=config) as opened:
-        yield GraphSession(loaded, opened, folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(private_folder())
+        except OSError as cause:
+            raise OperationFailed(Reason.STORAGE_FAILED, f"a folder for a graph's files: {cause.strerror}") from cause
+        yield GraphSession(loaded, stack.enter_context(tf.compat.v1.Session(graph=loaded.graph, config=config)), folder)
 
 
 def restored_leaves(loaded: ServerGraph, node: str) -> dict[str, LeafSpec]:

@@ -61,7 +61,7 @@ def report_completed(
     its round still collects; OperationFailed(STORAGE_FAILED), also if it took longer than `seconds`.
     """
     with context.database.write(seconds) as tx:
-        row = assignments.find_assignment(tx, task, iteration_id, session_id)
+        row = assignments.hold_assignment(tx, task, iteration_id, session_id)
         if row is None:
             raise RequestRejected(Reason.ASSIGNMENT_NOT_ACTIVE, "there is no such assignment")
         iteration = get_iteration(tx, row.key.iteration)
@@ -93,7 +93,7 @@ def report_failed(
     if status is None:
         return
     with context.database.write(seconds) as tx:
-        row = assignments.find_assignment(tx, task, iteration_id, session_id)
+        row = assignments.hold_assignment(tx, task, iteration_id, session_id)
         if row is not None:
             assignments.report_failed(tx, row.key, status, now())
 

@@ -4,12 +4,14 @@ import logging
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.context import Context, now
-from fedcompute.server.rounds.schedule import expiry, fail
+from fedcompute.server.rounds.schedule import expiry, tell_failed
+from fedcompute.storage.assignments import cancel_unused
 from fedcompute.storage.attempts import open_attempt
 from fedcompute.storage.batches import BatchRow, fail_batch, get_batch, list_batches
 from fedcompute.storage.database import lock_population
 from fedcompute.storage.iterations import IterationRow, expired_iterations, move_iteration
 from fedcompute.storage.schema import BatchStatus, IterationStatus
+from fedcompute.storage.tasks import fail_task
 
 _LOG = logging.getLogger(__name__)
 _DAMAGED_SUM = (Reason.PARTIAL_SUM_MALFORMED, Reason.PARTIAL_SUM_MISMATCH)
@@ -64,6 +66,10 @@ def _again(
             moved = move_iteration(tx, key, iteration.status, ended, now(), reason=error.reason)
             for batch in damaged if moved else []:
                 fail_batch(tx, batch.key, error.reason, now())
+            if moved:
+                # Together: a task without a round to go on with would stand still for ever.
+                cancel_unused(tx, key, now())
+                fail_task(tx, key.task, now(), reason=error.reason)
             new = None
         else:
             new = open_attempt(
@@ -79,7 +85,7 @@ def _again(
             )
             moved = new is not None
     if moved and last:
-        fail(context, key.task, error)
+        tell_failed(context, key.task, error)
     elif new is not None:
         _LOG.warning("round %s is tried again, attempt %d: %s", key, new.attempt_id + 1, error)
         if key in context.prepared:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 
 from fedcompute.protos import task_pb2
@@ -26,6 +26,25 @@ def candidates(
             bucket = (one.iteration_id - 1) // max(1, selector.iteration_selector.size)
         first[bucket] = min(one.iteration_id, first.get(bucket, one.iteration_id))
     return sorted(first.values())
+
+
+def measurable_of(
+    selector: task_pb2.CheckPointSelector,
+    released: Sequence[CompletedIteration],
+    start: datetime,
+    *,
+    there: Collection[int],
+    evaluated: Collection[int],
+) -> list[int]:
+    """Returns those candidates whose checkpoint is there, ascending.
+
+    In a bucket whose first checkpoint was lost before it was evaluated the next one takes its place; a bucket that was
+    evaluated is not taken up again by another round, unless there is nothing else left.
+    """
+    held = [one for one in released if one.iteration_id in there or one.iteration_id in evaluated]
+    left = [one for one in released if one.iteration_id in there]
+    found = [one for one in candidates(selector, held, start) if one in there]
+    return found or candidates(selector, left, start)
 
 
 def choose(ids: Sequence[int], evaluated: Iterable[int]) -> int | None:

@@ -10,7 +10,7 @@ from fedcompute.learning.process import read_state
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.broadcast import Broadcast, BroadcastJob, broadcast
-from fedcompute.server.rounds.evaluate import candidates, choose
+from fedcompute.server.rounds.evaluate import choose, measurable_of
 from fedcompute.server.rounds.jobs import BroadcastKey
 from fedcompute.server.rounds.order import Outlook, outlook
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
@@ -46,7 +46,7 @@ from fedcompute.storage.tasks import TaskRow, complete_task, fail_task, get_task
 
 _LOG = logging.getLogger(__name__)
 _ROUND_LIMIT = 100_000
-_FAILED = (IterationStatus.AGGREGATING_FAILED, IterationStatus.APPLYING_FAILED)
+_FAILED = (IterationStatus.CANCELED, IterationStatus.AGGREGATING_FAILED, IterationStatus.APPLYING_FAILED)
 
 
 def open_if_complete(context: Context, task: TaskRow) -> bool:
@@ -98,9 +98,7 @@ def advance(context: Context, task: TaskRow) -> bool:
         return False
     if newest is not None and newest.status in _FAILED:
         with context.database.write() as tx:
-            return fail_task(tx, task.key, now())
-    if newest is not None and newest.status is IterationStatus.CANCELED:
-        return False
+            return fail_task(tx, task.key, now(), reason=Reason(newest.reason) if newest.reason else None)
     if newest is not None and newest.key.iteration_id >= task.total_iteration:
         return not active and _complete(context, task)
     if task.status is TaskStatus.PAUSED or not _has_started(task):
@@ -128,9 +126,14 @@ def fail(context: Context, task: TaskKey, error: FedComputeError) -> bool:
     with context.database.write() as tx:
         failed = fail_task(tx, task, now(), reason=error.reason)
     if failed:
-        _LOG.error("task %s failed: %s", task, error)
-        keep_failure(context, task, error)
+        tell_failed(context, task, error)
     return failed
+
+
+def tell_failed(context: Context, task: TaskKey, error: FedComputeError) -> None:
+    """Keeps, for the operator, why a task failed."""
+    _LOG.error("task %s failed: %s", task, error)
+    keep_failure(context, task, error)
 
 
 def keep_failure(context: Context, task: TaskKey, error: FedComputeError) -> None:
@@ -239,10 +242,12 @@ def _next_evaluation(context: Context, task: TaskRow, newest: IterationRow | Non
         training = get_task(tx, training_key)
         if training is None:
             return False
-        released = completed_iterations(tx, training_key, since=_evaluated_since(context), stored=True)
+        released = completed_iterations(tx, training_key)
+        stored = completed_iterations(tx, training_key, since=_evaluated_since(context), stored=True)
         earlier = [one.info.evaluation_training_iteration_id for one in iterations_of(tx, task.key, limit=_ROUND_LIMIT)]
-    there = [one for one in released if (training_key, one.iteration_id) not in context.missing]
-    chosen = choose(candidates(info.check_point_selector, there, training.created), earlier)
+    there = {one.iteration_id for one in stored if (training_key, one.iteration_id) not in context.missing}
+    measurable = measurable_of(info.check_point_selector, released, training.created, there=there, evaluated=earlier)
+    chosen = choose(measurable, earlier)
     if chosen is None:
         return False
     new = next_iteration(task, newest, training_iteration_id=chosen, expires=expiry(context.settings, now()))

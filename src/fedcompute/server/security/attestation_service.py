@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedcompute.server.security.attestation import DevicePolicy, attestation_nam
 from fedcompute.server.security.certificates import read_chain
 from fedcompute.server.security.challenges import LIFE_S
 from fedcompute.server.security.key_description import describe_key
+from fedcompute.server.security.rates import ATTEMPTS_SPAN_S
 
 _TIMEOUT_S = 3.0
 _ANSWER_LIMIT = 1024 * 1024
@@ -44,7 +46,7 @@ class AttestationService:
             headers=headers, timeout=_TIMEOUT_S, limits=httpx.Limits(keepalive_expiry=600.0), follow_redirects=False
         )
         self._lock = threading.Lock()
-        self._challenges: OrderedDict[str, bytes] = OrderedDict()
+        self._challenges: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
 
     def challenge(self, request: str | None) -> bytes:
         """A challenge of the service; `request` names the device's request, whose attempts get the same one.
@@ -53,8 +55,8 @@ class AttestationService:
         """
         with self._lock:
             known = None if request is None else self._challenges.get(request)
-        if known is not None:
-            return known
+        if known is not None and time.monotonic() - known[1] <= ATTEMPTS_SPAN_S:
+            return known[0]
         answer = self._post("generateChallenge", {"ttl": {"seconds": LIFE_S}})
         if answer.status_code != 200:
             raise _unavailable(f"status {answer.status_code} for a challenge")
@@ -66,7 +68,8 @@ class AttestationService:
             raise _unavailable(f"a challenge of {len(challenge)} bytes")
         if request is not None:
             with self._lock:
-                self._challenges[request] = challenge
+                self._challenges[request] = (challenge, time.monotonic())
+                self._challenges.move_to_end(request)
                 while len(self._challenges) > _REMEMBERED:
                     self._challenges.popitem(last=False)
         return challenge

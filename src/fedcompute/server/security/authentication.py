@@ -14,13 +14,14 @@ from fedcompute.server.security.attestation import DevicePolicy, LocalVerifier, 
 from fedcompute.server.security.attestation_service import AttestationService, read_service_key
 from fedcompute.server.security.challenges import Subject, challenge_for, is_open, open_challenges
 from fedcompute.server.security.enrolment import EnrolmentProof, proves
+from fedcompute.server.security.operators import is_loopback
 from fedcompute.server.security.proofs import AttestationProof, Proof, read_proof
 from fedcompute.server.security.revocation import RevocationList
 from fedcompute.server.security.tokens import TOKEN_LIFE, is_token, owner_hash, token_hash
 from fedcompute.server.settings import Settings
 from fedcompute.storage import tokens
 from fedcompute.storage.assignments import AssignmentRow, rebind_session
-from fedcompute.storage.database import Database
+from fedcompute.storage.database import Database, Transaction
 from fedcompute.storage.enrolments import enrolment_secret
 
 _LOG = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Authentication:
         owner = owner_hash(owner_digest)
         if shown.token is not None and is_token(shown.token):
             with self.database.read() as tx:
-                known = tokens.live_token(tx, token_hash(shown.token), now)
+                known = self._live(tx, token_hash(shown.token), now)
             if known is not None and hmac.compare_digest(known.owner_hash, owner):
                 return self._counted(Admitted(known.token_hash, known.participant))
         return self._counted(self._prove(shown, ("check-in", population, owner_digest), owner, None, now))
@@ -144,7 +145,7 @@ class Authentication:
         """
         given = token_hash(shown.token) if shown.token is not None and is_token(shown.token) else None
         with self.database.read() as tx:
-            known = None if given is None else tokens.live_token(tx, given, now)
+            known = None if given is None else self._live(tx, given, now)
             bound = None if session is None or session.token_hash is None else session.token_hash
             own = None if bound is None else tokens.find_token(tx, bound)
         if session is None:
@@ -160,6 +161,14 @@ class Authentication:
             return self._counted(Admitted(bound, session.participant))
         owner = None if own is None else own.owner_hash
         return self._counted(self._prove(shown, ("report", session_id), owner, session, now))
+
+    def _live(self, tx: Transaction, hashed: str, now: datetime) -> tokens.TokenRow | None:
+        found = tokens.live_token(tx, hashed, now)
+        if found is None:
+            return None
+        # What was granted before the operator decided otherwise counts no more than a new proof would.
+        is_taken = self.attestation is not None if found.participant is None else self.takes_enrolments
+        return found if is_taken else None
 
     def _prove(
         self, shown: Credentials, subject: Subject, owner: str | None, session: AssignmentRow | None, now: datetime
@@ -267,6 +276,8 @@ def open_authentication(
 ) -> Authentication | None:
     """What the settings ask for; None if every device is taken. Raises OperationFailed(SETTINGS_INVALID)."""
     if settings.authentication == "off":
+        if not is_loopback(settings.host):
+            _LOG.warning("every device that reaches this server is taken; see --authentication")
         return None
     judge = _judge(settings) if settings.authentication in ("attestation", "both") else None
     return Authentication(database, sealer, challenge_key, settings.authentication != "attestation", judge)

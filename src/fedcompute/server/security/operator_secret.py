@@ -55,7 +55,8 @@ def _own_sealer(path: Path, database: Database) -> Sealer:
 
 def given_secret(settings: Settings, environment: Mapping[str, str] = os.environ) -> bytes | None:
     """The secret that an operator set; None if there is none. Raises OperationFailed(SETTINGS_INVALID)."""
-    if environment.get(VARIABLE):
+    # Set and empty is a mistake, not a wish for another secret.
+    if VARIABLE in environment:
         if settings.secret_file is not None:
             raise OperationFailed(
                 Reason.SETTINGS_INVALID, f"both secret_file and {VARIABLE} are set", remedy="set one of them"

@@ -11,6 +11,7 @@ Headers can therefore only take trust away. None gives it.
 """
 
 import ipaddress
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,9 +19,10 @@ from urllib.parse import urlsplit
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.server.settings import Settings
-from fedcompute.storage.api_keys import Role, verify_api_key
+from fedcompute.storage.api_keys import Role, count_live_api_keys, verify_api_key
 from fedcompute.storage.database import Database
 
+_LOG = logging.getLogger(__name__)
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 KEY_HEADER = "x-api-key"
 _KEY_LIMIT = 256
@@ -85,6 +87,16 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
 def opens_without_key(settings: Settings) -> bool:
     """Whether this machine's own programs need no key: the server listens on a loopback address, and demands none."""
     return not settings.require_api_keys and is_loopback(settings.host)
+
+
+def warn_if_locked(database: Database, settings: Settings, now: datetime) -> None:
+    """Logs that no management call can succeed, if keys are asked for and there is none."""
+    if opens_without_key(settings):
+        return
+    with database.read() as tx:
+        live = count_live_api_keys(tx, now)
+    if not live:
+        _LOG.warning("there is no API key, so nobody can manage tasks; make one with `fedcompute api-key create`")
 
 
 def is_loopback(host: str) -> bool:
