@@ -116,6 +116,18 @@ def test_a_pod_runs_a_role_that_exists_and_is_probed_where_the_server_answers(fi
     assert "/var/lib/fedcompute" in mounts
 
 
+def test_everybody_who_ends_a_server_waits_for_its_good_order():
+    # Its grace, and half a minute more; see server/web_server.py.
+    grace = float(documents(DEPLOY / "kubernetes" / "config.yaml")[0]["data"]["FEDCOMPUTE_STOP_GRACE"])
+    for _, container, pod in pods():
+        pause = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+        assert pod["terminationGracePeriodSeconds"] > pause + grace + 30
+    for name, service in documents(DEPLOY / "compose.yaml")[0]["services"].items():
+        if name.startswith("server"):
+            grace = float(service["environment"]["FEDCOMPUTE_STOP_GRACE"])
+            assert float(service["stop_grace_period"].removesuffix("s")) > grace + 30
+
+
 def test_selectors_name_pods_that_exist():
     objects = [one for path in MANIFESTS for one in documents(path)]
     labels = [one["spec"]["template"]["metadata"]["labels"] for one in objects if one["kind"] == "Deployment"]

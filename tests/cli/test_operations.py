@@ -86,10 +86,15 @@ def test_a_server_that_does_not_answer_or_is_not_there_is_a_finding(fedcompute, 
     result = fedcompute("doctor", "--data-dir", tmp_path / "nobody", "--json")
     assert (result.exit_code, json.loads(result.output)["findings"][0]["code"]) == (1, "stores_unusable")
     assert not (tmp_path / "nobody").exists()
+    Database.open(f"sqlite:///{tmp_path}/fedcompute.db").close()
+    result = fedcompute("doctor", "--data-dir", tmp_path)
+    assert (result.exit_code, "there is no blob store in 'blobs'" in result.output) == (1, True)
+    assert not (tmp_path / "blobs").exists()
 
 
 def test_a_database_of_another_release_is_a_finding_and_is_not_upgraded(fedcompute, tmp_path):
     database = Database.open(f"sqlite:///{tmp_path}/fedcompute.db")
+    (tmp_path / "blobs").mkdir()
     with database.write() as tx:
         tx.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     result = fedcompute("doctor", "--data-dir", tmp_path)

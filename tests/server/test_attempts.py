@@ -9,8 +9,14 @@ import pytest
 
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.protos import federatedcompute_pb2, task_assignments_pb2, task_pb2
+from fedcompute.server.context import now
 from fedcompute.server.rounds import aggregate as aggregate_job
+from fedcompute.server.rounds import attempts
 from fedcompute.server.rounds import update as update_job
+from fedcompute.storage.iterations import get_iteration, move_iteration
+from fedcompute.storage.keys import IterationKey
+from fedcompute.storage.schema import IterationStatus
+from fedcompute.storage.tasks import pause_task
 
 Rejection = federatedcompute_pb2.RejectionReason
 
@@ -20,7 +26,8 @@ class Faulty:
 
     capacity = 4
 
-    def __init__(self, kind, times):
+    def __init__(self, kind, times, harm=lambda: None):
+        self._harm = harm
         self._pool = ThreadPoolExecutor(2)
         self._kind = kind
         self.left = times
@@ -35,6 +42,7 @@ class Faulty:
             self.runs += 1
             if self.left:
                 self.left -= 1
+                self._harm()
                 raise OperationFailed(Reason.INTERNAL, "the machine is on fire")
         return result
 
@@ -118,6 +126,42 @@ def test_an_update_that_is_repeated_releases_what_its_first_run_stored(run_serve
     assert executor.runs == 2
     assert path.read_bytes() == first
     assert len(found["ledger"]) == 1
+
+
+def test_a_sum_that_is_damaged_after_its_result_is_stored_is_not_needed_again(run_server, hand_made, tmp_path):
+    blobs = tmp_path / "data" / "blobs"
+
+    def harm():
+        for path in (blobs / "aggregated").rglob("gradient"):
+            path.unlink()
+        next((blobs / "gradient").rglob("gradient")).unlink()
+
+    api = run_server(executor=Faulty(update_job.update, times=1, harm=harm), job_attempts=1).api
+    process = hand_made.process_of()
+    task_id = api.open_task("once", process, goal=2, room=2)
+    for value in (1.0, 3.0):
+        api.contribute("once", body=body_of(api, hand_made, process, value))
+    found = api.wait_for("once", task_id, "COMPLETED")
+    # The round's one result is in the store; to collect again could only make the ledger tell of others.
+    assert attempts_of(found) == [(1, 0, "APPLYING_FAILED"), (1, 1, "COMPLETED")]
+    assert found["assignments"] == {"UPLOAD_COMPLETED": 2}
+    entries = api.http.get(f"{api.url}/api/v1/populations/once/ledger").json()["entries"]
+    assert [one["contributions"] for one in entries] == [2, 2]
+    np.testing.assert_allclose(mean_of(api, hand_made, "once", task_id), np.full((3, 2), 2.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("ended", ["CANCELED", "AGGREGATING_FAILED"])
+def test_a_task_whose_last_attempt_ended_while_its_server_was_killed_fails(run_server, hand_made, ended):
+    server = run_server()
+    context = server.app.state.context
+    task_id = server.api.open_task("cut", hand_made.process_of())
+    key = IterationKey("cut", task_id, 1)
+    with context.database.write() as tx:
+        assert move_iteration(
+            tx, key, IterationStatus.COLLECTING, IterationStatus[ended], now(), reason=Reason.ROUND_EXPIRED
+        )
+    found = server.api.wait_for("cut", task_id, "FAILED")
+    assert found["task"]["reason"] == "round_expired"
 
 
 def test_a_round_that_fails_in_every_attempt_fails_its_task_with_the_reason(run_server, hand_made):
@@ -218,3 +262,43 @@ def test_times_that_leave_no_room_for_a_round_are_refused_at_creation(api, hand_
     assert response.status_code == 400
     assert response.json()["code"] == "task_invalid"
     assert word in response.json()["message"]
+
+
+def test_a_task_whose_artifacts_come_after_its_stop_time_opens_no_round(run_server, hand_made):
+    api = run_server().api
+    response = _timed(api, hand_made, "missed", do_not_create_iteration_after=1)
+    task = task_pb2.CreateTaskResponse.FromString(response.content).task
+    time.sleep(1.2)
+    _artifacts(api, hand_made, task, hand_made.process_of())
+    found = api.wait_for("missed", task.task_id, "COMPLETED")
+    assert (found["iterations"], found["task"]["reason"]) == ([], "stop_time_passed")
+
+
+def test_a_round_whose_task_is_paused_just_when_it_expires_stays(run_server, hand_made, monkeypatch):
+    server = run_server(round_expiry=3_600.0, round_attempts=1)
+    context = server.app.state.context
+    task_id = server.api.open_task("held", hand_made.process_of())
+    key = IterationKey("held", task_id, 1)
+    ask = attempts.expired_iterations
+    with context.database.write() as tx:
+        row = get_iteration(tx, key)
+        assert pause_task(tx, key.task, now())
+    # As an engine sees it that asked before the pause, and works on after it.
+    monkeypatch.setattr(attempts, "expired_iterations", lambda tx, at, key=None: ask(tx, at, key=key) if key else [row])
+    attempts.expire(context)
+    assert attempts_of(server.api.task("held", task_id)) == [(1, 0, "COLLECTING")]
+
+
+def test_a_round_that_had_all_it_needs_when_its_server_stopped_does_not_expire(run_server, hand_made, postgresql_url):
+    expires = {"round_expiry": 4.0, "round_attempts": 1, "database_url": postgresql_url}
+    process = hand_made.process_of()
+    server = run_server(**expires)
+    task_id = server.api.open_task("asleep", process, goal=1)
+    opened = time.monotonic()
+    server.stop()
+    server = run_server(roles=("api",), database_url=postgresql_url)
+    server.api.contribute("asleep", body=body_of(server.api, hand_made, process, 1.0))
+    server.stop()
+    time.sleep(max(0.0, opened + 4.5 - time.monotonic()))
+    found = run_server(**expires).api.wait_for("asleep", task_id, "COMPLETED")
+    assert attempts_of(found) == [(1, 0, "COMPLETED")]

@@ -240,20 +240,21 @@ def test_connections_that_say_nothing_make_room_for_those_that_do(monkeypatch, s
     half = b"POST /taskassignment/v1/population/p:create-task-assignment HTTP/1.1\r\nHost: x\r\n"
     body = b"Content-Type: application/x-protobuf\r\nContent-Length: 4\r\n\r\n"
     busy = socket.create_connection(("127.0.0.1", port), 30)
-    busy.sendall(half + body + b"\x0a")
-    time.sleep(0.2)
+    busy.sendall(half + body.replace(b"4", b"62") + b"\x0a\x3c\x0a\x3a")
     idle = []
     try:
-        for _ in range(60):
+        for number in range(58):
             idle.append(socket.create_connection(("127.0.0.1", port), 30))
-            idle[-1].sendall(half)
+            idle[-1].sendall(half + body if number % 2 else half)
+            # Slow, but not silent.
+            busy.sendall(b"1")
+            time.sleep(0.01)
         assert httpx.get(f"{server.api.url}/healthz", timeout=30).status_code == 200
         idle[0].settimeout(10)
         with contextlib.suppress(ConnectionResetError):
             assert idle[0].recv(100) == b""
-        # Who is in the middle of a request stays.
-        busy.sendall(b"\x02\x0a\x00")
-        assert busy.recv(1000).startswith(b"HTTP/1.1 200 ")
+        # Who sends stays; 58 digits are no version.
+        assert busy.recv(1000).startswith(b"HTTP/1.1 400 ")
     finally:
         for one in (busy, *idle):
             one.close()

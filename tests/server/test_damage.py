@@ -118,13 +118,15 @@ def test_a_damaged_upload_costs_its_device_only(round_of_three, hand_made, how):
     np.testing.assert_allclose(mean, np.full_like(mean, (2 + 4 + 8) / 3), atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["truncated", "gone", "of another plan"])
+@pytest.mark.parametrize("how", ["truncated", "gone", "of another plan", "of other uploads"])
 def test_a_damaged_partial_sum_is_added_up_again(round_of_three, hand_made, how):
     server, executor, task_id, _ = round_of_three()
     release(executor, "aggregate")
     assert executor.reached["update"].wait(10)
-    path = stored(server, "aggregated", "gradient")[0]
+    path, other = stored(server, "aggregated", "gradient")
     match how:
+        case "of other uploads":
+            path.write_bytes(other.read_bytes())
         case "gone":
             path.unlink()
         case "truncated":

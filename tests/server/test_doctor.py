@@ -1,6 +1,7 @@
 """Every state that the doctor knows, made for real, and a healthy server that it leaves alone."""
 
 import os
+import shutil
 import socket
 import sqlite3
 import threading
@@ -203,6 +204,18 @@ def test_an_object_that_rows_refer_to_and_the_store_lost_is_found(start, hand_ma
     found = look(server)
     assert found.keys() == {"object_missing"}
     assert found["object_missing"].subject.endswith(path.name)
+
+
+def test_a_store_that_lost_everything_is_one_finding_more_than_twenty(start, hand_made, look, give):
+    server = start()
+    process = hand_made.process_of()
+    for number in range(8):
+        server.api.open_task(f"wrong-{number}", process)
+    shutil.rmtree(blob(server, "model"))
+    context = server.app.state.context
+    found = examine(Patient(context.settings, context.database, context.blobs, now()))
+    assert [one.code for one in found] == ["object_missing"] * 20 + ["objects_missing"]
+    assert found[-1].numbers == {"objects": 32}
 
 
 def test_objects_that_no_row_knows_are_found_and_removed_when_asked(start, hand_made, look, give):

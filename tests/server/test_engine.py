@@ -2,6 +2,7 @@ import asyncio
 import threading
 import time
 
+from fedcompute.server.rounds import engine as rounds_engine
 from fedcompute.server.rounds.engine import Engine
 
 
@@ -57,6 +58,31 @@ def test_a_pass_that_raises_ends_neither_loop_nor_life(caplog):
 
     run(scenario)
     assert len([record for record in caplog.records if record.exc_info]) == 1
+
+
+def test_an_engine_whose_passes_all_fail_for_longer_than_its_patience_is_not_alive_until_one_succeeds(monkeypatch):
+    monkeypatch.setattr(rounds_engine, "_LONGEST_PASS", 0.5)
+
+    async def scenario():
+        broken = True
+
+        def one_pass():
+            if broken:
+                raise RuntimeError("no luck")
+            return True
+
+        engine = Engine(one_pass)
+        engine.start()
+        assert engine.alive
+        await asyncio.sleep(0.7)
+        assert not engine.alive
+        broken = False
+        engine.wake()
+        while not engine.alive:
+            await asyncio.sleep(0.01)
+        await engine.stop()
+
+    run(scenario)
 
 
 def test_stop_waits_for_the_pass_under_way_and_wakes_are_harmless_afterwards():

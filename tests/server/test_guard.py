@@ -159,7 +159,15 @@ def test_a_setting_demands_keys_on_the_machines_own_address(start_server, tmp_pa
         {"host": "192.0.2.7:8080"},
         {"host": "localhost.example.com"},
         {"host": ""},
+        {"host": "[::1]example.com"},
+        {"host": "example.com\\@localhost"},
+        {"host": "localhost/example.com"},
+        {"host": "localhost?example.com"},
         {"x-forwarded-for": "192.0.2.7"},
+        {"x-forwarded-port": "443"},
+        {"x-client-ip": "192.0.2.7"},
+        {"cf-connecting-ip": "192.0.2.7"},
+        {"true-client-ip": "192.0.2.7"},
         {"forwarded": "for=192.0.2.7"},
         {"via": "1.1 proxy"},
     ],
@@ -169,6 +177,20 @@ def test_a_proxy_or_a_rebound_name_is_not_this_machine(private, headers):
     refused(call(private, tasks, headers=headers), 401, "api_key_missing")
     _, key = make_key(private, "viewer")
     assert call(private, tasks, headers={**headers, **bearer(key)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "published", [{"public_url": "https://learn.example.com"}, {"trusted_proxies": "127.0.0.1"}], ids=str
+)
+def test_a_server_that_strangers_reach_through_a_proxy_asks_for_keys_though_the_proxy_leaves_no_trace(
+    start_server, tmp_path, published
+):
+    # Some proxies hand on requests with this machine's own name as their host and no header of their own.
+    running = start_server(tmp_path, **published)
+    tasks = next(one for one in GUARDED if one.name == "task.list")
+    refused(call(running, tasks), 401, "api_key_missing")
+    _, key = make_key(running, "viewer")
+    assert call(running, tasks, headers=bearer(key)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import pytest
 
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.rounds.jobs import AheadKey, Jobs
+from fedcompute.server.rounds.leases import Leases
+from fedcompute.storage.database import Database
 from fedcompute.storage.keys import BatchKey, IterationKey
 
 KEY = IterationKey("p", 1, 1)
@@ -11,6 +13,8 @@ KEY = IterationKey("p", 1, 1)
 
 class ByHand:
     """An executor whose jobs end when the test says so; timing is what these tests are about."""
+
+    capacity = 2
 
     def __init__(self):
         self.futures = []
@@ -105,3 +109,32 @@ def test_a_look_ahead_outlives_passes_in_which_its_round_is_not_open_yet(jobs, e
     jobs.retain({KEY}, set())
     assert jobs.poll(ahead, len, lambda: ()) is None
     assert len(executor.futures) == 2
+
+
+def test_jobs_that_wait_for_storage_keep_no_others_back_and_other_engines_may_try_them(tmp_path, monkeypatch):
+    moment = 100.0
+    monkeypatch.setattr("fedcompute.server.rounds.jobs.time.monotonic", lambda: moment)
+    monkeypatch.setattr("fedcompute.server.rounds.leases.time.monotonic", lambda: moment)
+    database = Database.open(f"sqlite:///{tmp_path}/leases.db")
+    executors = [ByHand(), ByHand()]
+    here, there = (Jobs(one, 3, lambda: None, Leases(database, 10.0)) for one in executors)
+    cut_off = [BatchKey(KEY, name) for name in ("a", "b")]
+    for key in cut_off:
+        poll(here, key)
+        assert poll(there, key) is None
+    poll(here)
+    # It had as many as it may have, and the other engine none: what is leased is not its own.
+    assert (len(executors[0].futures), len(executors[1].futures)) == (2, 0)
+    for future, key in zip(executors[0].futures[:2], cut_off, strict=True):
+        future.set_exception(OperationFailed(Reason.STORAGE_FAILED, "no way to the store"))
+        assert poll(here, key) is None
+    poll(here)
+    assert len(executors[0].futures) == 3
+    moment += 2
+    for key in cut_off:
+        poll(there, key)
+    assert len(executors[1].futures) == 2
+    for key in cut_off:
+        poll(here, key)
+    assert len(executors[0].futures) == 3
+    database.close()

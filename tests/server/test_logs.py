@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+import time
 
 import pytest
 
@@ -101,6 +102,18 @@ def test_a_traceback_forges_no_line_and_holds_no_secret(write, formatter):
 )
 def test_what_looks_like_a_secret_is_masked_whoever_logs_it(write, formatter, message, secret):
     assert secret not in write(formatter, "%s", message)
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()], ids=["text", "json"])
+@pytest.mark.parametrize("unit", ["a", "key", "a-", "k=", "x://", "0a1b2c3d-", "signature", "\n", "=@"])
+def test_a_line_of_any_length_is_short_and_soon_written(write, formatter, unit):
+    hostile = (unit * 100_000)[:60_000] + "="
+    start = time.monotonic()
+    with bound({"population": hostile}):
+        written = write(formatter, "GET %s", hostile, extra={"fields": {"path": hostile}, "trace": hostile})
+    # A pattern that goes back over what it has read would take minutes.
+    assert time.monotonic() - start < 5
+    assert len(written) < 500_000
 
 
 def test_a_json_line_has_the_facts_of_the_moment(write):

@@ -1,5 +1,6 @@
 """A server that cannot keep up, and what devices hear of it: never 429, never 503, never a silence of 30 s."""
 
+import socket
 import sqlite3
 import threading
 import time
@@ -126,6 +127,26 @@ def test_check_ins_beyond_the_limit_are_turned_away_at_once_and_reports_wait_for
         assert all(one.result().upload_location for one in reports)
 
 
+def test_requests_that_are_not_all_there_take_no_place(run_server, hand_made):
+    server = run_server(max_check_ins=1, max_reports=1)
+    server.api.open_task("dawdling", hand_made.process_of(), goal=5)
+    assignment = server.api.assignment("dawdling")
+    port = int(server.api.url.rpartition(":")[2])
+    fields = b"HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nContent-Length: 9\r\n\r\n\x0a"
+    calls = (b"POST /taskassignment/v1/population/dawdling:create-task-assignment ",)
+    calls += (f"PUT /taskassignment/v1{assignment.self_uri}:report-result ".encode(),)
+    wires = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(6)]
+    try:
+        for number, wire in enumerate(wires):
+            wire.sendall(calls[number % 2] + fields)
+        time.sleep(0.5)
+        assert server.api.check_in("dawdling").status_code == 201
+        assert server.api.upload_instruction(assignment).upload_location
+    finally:
+        for wire in wires:
+            wire.close()
+
+
 def test_reports_that_find_no_place_get_a_window(run_server, hand_made, monkeypatch):
     monkeypatch.setattr(admission, "PLACE_S", 1.0)
     server = run_server(max_reports=1)
@@ -191,3 +212,38 @@ def test_a_server_that_stops_turns_devices_away_as_gently(run_server, hand_made)
         turned_away(asked.result())
         turned_away(reported.result(), ReportAnswer)
         client.close()
+
+
+@pytest.fixture
+def on_postgresql(run_server, postgresql_url):
+    return run_server(database_url=postgresql_url)
+
+
+@contextmanager
+def table_locked(url):
+    """PostgreSQL's table of assignments, locked against everybody else."""
+    from fedcompute.storage.database import Database
+
+    database = Database.open(url)
+    try:
+        with database.write() as tx:
+            tx.exec_driver_sql("LOCK TABLE assignment IN ACCESS EXCLUSIVE MODE")
+            yield
+    finally:
+        database.close()
+
+
+def test_a_locked_postgresql_turns_devices_away_in_time_and_nothing_happens_later(
+    on_postgresql, postgresql_url, hand_made, hasty
+):
+    api = on_postgresql.api
+    task_id = api.open_task("locked-pg", hand_made.process_of())
+    assignment = api.assignment("locked-pg")
+    with table_locked(postgresql_url):
+        started = time.monotonic()
+        turned_away(api.check_in("locked-pg"))
+        turned_away(api.report(assignment), ReportAnswer)
+        assert time.monotonic() - started < 15
+    time.sleep(2.5)
+    assert api.task("locked-pg", task_id)["assignments"] == {"ASSIGNED": 1}
+    assert api.upload_instruction(assignment).upload_location

@@ -69,10 +69,12 @@ def test_a_plain_upload_is_taken_and_costs_nobody_but_its_sender(api, make_phone
     assert api.wait_for("openly", task_id, "COMPLETED")["assignments"] == {"REMOTE_FAILED": 1, "UPLOAD_COMPLETED": 1}
 
 
-def test_phones_evaluate_a_released_model(api, make_phone, hand_made):
+@pytest.mark.parametrize("encrypt", [True, False], ids=["encrypted", "plain"])
+def test_phones_evaluate_a_released_model(run_server, make_phone, hand_made, encrypt):
+    api = run_server(allow_plaintext_uploads=not encrypt).api
     training = hand_made.process_of()
     trained = api.open_task("evaluated", training, goal=1, room=1)
-    has_succeeded(make_phone(training).run("evaluated"))
+    has_succeeded(make_phone(training, api, encrypt=encrypt).run("evaluated"))
     api.wait_for("evaluated", trained, "COMPLETED")
     info = task_pb2.TaskInfo(traffic_weight=1)
     info.evaluation_info.training_population_name = "evaluated"
@@ -81,7 +83,7 @@ def test_phones_evaluate_a_released_model(api, make_phone, hand_made):
     evaluation = hand_made.evaluation_of(training, ["sparse_categorical_accuracy"])
     task_id = api.open_task("evaluated", evaluation, goal=2, room=2, info=info)
     for _ in range(2):
-        api.wait(lambda: make_phone(evaluation).run("evaluated").succeeded)
+        api.wait(lambda: make_phone(evaluation, api, encrypt=encrypt).run("evaluated").succeeded)
     assert api.wait_for("evaluated", task_id, "COMPLETED")["rejections"] == {}
 
 
@@ -282,7 +284,7 @@ class Scripted(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.close_connection = True
 
-    do_GET = do_POST = do_PUT = answer
+    do_GET = do_POST = do_PUT = answer  # noqa: N815
 
     def log_message(self, *_):
         pass

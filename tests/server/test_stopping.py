@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from fedcompute.server.rounds.aggregate import aggregate
+
 FEDCOMPUTE = Path(sys.executable).parent / "fedcompute"
 
 
@@ -172,3 +174,18 @@ def test_a_server_whose_database_hangs_still_ends(tmp_path, postgresql, postgres
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+def test_an_engine_that_stops_hands_its_jobs_to_another_at_once(run_server, make_gate, hand_made, postgresql_url):
+    gate = make_gate(aggregate)
+    shared = {"database_url": postgresql_url, "lease_lifetime": 3600.0}
+    first = run_server(executor=gate, **shared)
+    process = hand_made.process_of()
+    task_id = first.api.open_task("handed", process, goal=1)
+    first.api.contribute("handed", hand_made.update_of(process, hand_made.initial))
+    assert gate.reached.wait(60)
+    second = run_server(**shared)
+    time.sleep(2)
+    assert second.api.task("handed", task_id)["task"]["status"] == "OPEN"
+    first.stop()
+    second.api.wait_for("handed", task_id, "COMPLETED")

@@ -1,6 +1,7 @@
 import asyncio
 import gzip
 import html
+import json
 import re
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.storage import paths
-from fedcompute.storage.blobs import BlobMissing, BlobTooLarge, content_encoding, open_blob_store
+from fedcompute.storage.blobs import BlobMissing, BlobTooLarge, content_encoding, local_folder, open_blob_store
 from fedcompute.storage.keys import TaskKey
 
 TASK = TaskKey("digits:v1.0", 7)
@@ -354,3 +357,28 @@ def test_a_store_whose_urls_devices_refuse_signs_none(s3, tmp_path, monkeypatch)
         with pytest.raises(OperationFailed) as caught:
             store.signed_url("GET", "model", "a", 9)
         assert caught.value.reason is Reason.SETTINGS_INVALID
+
+
+def test_google_and_azure_sign_urls_too_and_azure_wants_a_header(tmp_path, monkeypatch):
+    key = rsa.generate_private_key(65537, 2048)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    account = {
+        "type": "service_account", "project_id": "p", "private_key_id": "k", "private_key": pem,
+        "client_email": "server@p.example", "client_id": "1", "token_uri": "https://localhost/token",
+    }  # fmt: skip
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    google, azure = open_blob_store("gs://bucket/prefix"), open_blob_store("az://container/prefix")
+    url = google.signed_url("PUT", "gradient", "digits:v1.0/1/1/d/a/gradient", 900)
+    assert url.startswith("https://storage.googleapis.com/bucket/prefix/gradient/digits:v1.0/1/1/d/a/gradient?")
+    assert "X-Goog-Expires=900" in url
+    assert azure.signed_url("PUT", "gradient", "a", 900).startswith("https://account.blob.core.windows.net/container/")
+    assert (google.put_headers, azure.put_headers) == ({}, {"x-ms-blob-type": "BlockBlob"})
+
+
+def test_the_folder_of_a_store_is_known_by_its_url():
+    assert local_folder("/srv/blobs") == local_folder("file:///srv/blobs") == Path("/srv/blobs")
+    assert local_folder("file:///srv/my%20blobs") == Path("/srv/my blobs")
+    assert local_folder("s3://bucket/blobs") is None

@@ -43,10 +43,10 @@ def settings_of(
 def open_stores(settings: "Settings", *, make: bool = False) -> Iterator[Stores]:
     """Both stores; with `make` missing ones are made and old ones upgraded.
 
-    Else raises OperationFailed(STORAGE_FAILED) for a database that is not there or of another release.
+    Else raises OperationFailed(STORAGE_FAILED) for stores that are not there, and a database of another release.
     """
     from fedcompute.errors import OperationFailed, Reason
-    from fedcompute.storage.blobs import open_blob_store
+    from fedcompute.storage.blobs import local_folder, open_blob_store
     from fedcompute.storage.database import Database, sqlite_path
 
     file = sqlite_path(settings.database)
@@ -54,6 +54,12 @@ def open_stores(settings: "Settings", *, make: bool = False) -> Iterator[Stores]
         raise OperationFailed(
             Reason.STORAGE_FAILED, f"there is no database {file.name} in {file.parent.name!r}",
             remedy="name the server's own with --data-dir or --database-url",
+        )  # fmt: skip
+    folder = local_folder(settings.blobs)
+    if folder is not None and not folder.is_dir() and not make:
+        raise OperationFailed(
+            Reason.STORAGE_FAILED, f"there is no blob store in {folder.name!r}",
+            remedy="name the server's own with --data-dir or --blob-url",
         )  # fmt: skip
     database = Database.open(settings.database, upgrades=make)
     try:

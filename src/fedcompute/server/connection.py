@@ -26,16 +26,18 @@ class BoundedConnection(H11Protocol):
 
     The web server's own time-out ends with the first byte of the next request, so a sender of half a head would hold
     its connection for ever; so would one that sends on after a refusal, and one that does not take its answer. While a
-    request is being answered the clock of its body applies (`security.limits`). Beyond `MOST_CONNECTIONS` whoever has
-    said nothing for the longest time makes room for the next one. What is no HTTP/1.1 is answered with
-    a typed error and its length, never passed on, and ends the connection: nobody can hide a second request in it.
+    request is being answered the clock of its body applies (`security.limits`). Beyond `MOST_CONNECTIONS` whoever owes
+    the server something and has said nothing for the longest time makes room for the next one.
+
+    What is no HTTP/1.1 is answered with a typed error and its length, never passed on, and ends the connection: nobody
+    can hide a second request in it.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.conn = self._parser = _Parser()
         self._seen: tuple[object, int] = (None, 0)
-        self._since = self.loop.time()
+        self._since = self._heard = self.loop.time()
         self._watch: asyncio.TimerHandle | None = None
         self._refused = False
 
@@ -51,6 +53,7 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._heard = self.loop.time()
         if not self._refused:
             super().data_received(data)
 
@@ -75,9 +78,9 @@ class BoundedConnection(H11Protocol):
 
     def _make_room(self) -> None:
         others = (one for one in self.connections if isinstance(one, BoundedConnection) and one is not self)
-        idle = [one for one in others if one.cycle is None or one.cycle.response_complete]
-        if idle:
-            min(idle, key=lambda one: one._since).transport.abort()
+        awaited = [one for one in others if one.cycle is None or one.cycle.response_complete or one.cycle.more_body]
+        if awaited:
+            min(awaited, key=lambda one: one._heard).transport.abort()
         else:
             self.transport.abort()
 

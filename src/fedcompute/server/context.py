@@ -135,6 +135,11 @@ class Context:
         expires = int(now().timestamp() + life)
         return sign_url(self.settings.base_url, self.url_key, Grant(method, bucket, path, expires, headers or {}))
 
+    @property
+    def store_headers(self) -> dict[str, str]:
+        """What a device's PUT carries beside the headers of the protocol, where it goes to the store itself."""
+        return self.blobs.put_headers if self.settings.blob_urls == "store" else {}
+
 
 def now() -> datetime:
     """The time in UTC."""

@@ -125,7 +125,12 @@ def toml_string(value: Any) -> str:
 
 _KINDS: dict[Any, Kind] = {
     bool: Kind(
-        "", _bool_from_text, _bool_from_toml, lambda value: str(value).lower(), lambda value: "yes" if value else "no"
+        "",
+        _bool_from_text,
+        _bool_from_toml,
+        lambda value: str(value).lower(),
+        lambda value: "yes" if value else "no",
+        is_switch=True,
     ),
     int: Kind("INTEGER", _int_from_text, _int_from_toml, str),
     float: Kind("NUMBER", _float_from_text, _float_from_toml, repr, "{:g}".format),

@@ -22,12 +22,13 @@ _FACTS: ContextVar[tuple[Callable[[], Facts], ...]] = ContextVar("facts", defaul
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Without authentication a session's id is its only secret.
 _SESSION = re.compile(r"(?<![0-9a-f])([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])", re.I)
-_PARAMETER = re.compile(
-    r"((?:signature|credential|token|secret|password|[?&\w-]*key(?:[-_]?id)?|[?&]sig)=)[^&\s'\"]+", re.I
-)
+# Not anchored on the left, where a pattern that repeats would take a hostile line's length squared.
+_PARAMETER = re.compile(r"((?:signature|credential|token|secret|password|key|key[-_]?id|sig)=)[^&\s'\"]+", re.I)
 _LOGIN = re.compile(r"(\w://)[^/@\s]+@")
 _PLAIN = re.compile(r"[\w./:@+-]+")
 _LONGEST_FACT = 200
+_LONGEST_MESSAGE = 4_000
+_LONGEST_TRACE = 40_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the line."""
-        line = f"{_moment(record)} {record.levelname} {record.name}: {escaped(redacted(record.getMessage()))}"
+        line = f"{_moment(record)} {record.levelname} {record.name}: {escaped(_message(record))}"
         for name, value in facts().items():
             line += f" {name}={_word(value)}"
         for below in _trace(self, record).splitlines():
@@ -120,13 +121,15 @@ class JsonFormatter(logging.Formatter):
             "time": _moment(record),
             "level": record.levelname,
             "logger": record.name,
-            "message": redacted(record.getMessage()),
+            "message": _message(record),
             "process": record.process,
         }
         document |= {name: value[:_LONGEST_FACT] for name, value in facts().items()}
         fields = getattr(record, "fields", None)
         if isinstance(fields, Mapping):
-            document |= {name: redacted(one) if isinstance(one, str) else one for name, one in fields.items()}
+            document |= {
+                name: redacted(one[:_LONGEST_MESSAGE]) if isinstance(one, str) else one for name, one in fields.items()
+            }
         trace = _trace(self, record)
         if trace:
             document["traceback"] = trace
@@ -144,7 +147,12 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     text = told if isinstance(told, str) else ""
     if record.exc_info and record.exc_info[0] is not None:
         text = formatter.formatException(record.exc_info)
-    return redacted(text)
+    return redacted(text[-_LONGEST_TRACE:])
+
+
+def _message(record: logging.LogRecord) -> str:
+    # Cut first: what is sent to us may be long.
+    return redacted(record.getMessage()[:_LONGEST_MESSAGE])
 
 
 def _word(value: str) -> str:

@@ -36,6 +36,7 @@ _BUDGET = 20.0
 _SOON = 5.0
 _FIRST = 30.0
 _PATIENCE = 5.0
+_LONGEST_PAUSE = 1.0
 # A PUT that was granted at the last moment may take this long.
 _LONGEST_UPLOAD = 3_600.0
 
@@ -230,11 +231,18 @@ class RetentionThread:
         leases = Leases(self._work.database, max(60.0, self._work.settings.lease_lifetime))
         if not leases.take(LEASE):
             return Removed()
-        deadline = time.monotonic() + _BUDGET
+        began = time.monotonic()
+        deadline = began + _BUDGET
+
+        def proceed() -> bool:
+            nonlocal began
+            # As long a pause as the step took: rounds and check-ins want the stores too.
+            stopping = self._stopping.wait(min(time.monotonic() - began, _LONGEST_PAUSE))
+            began = time.monotonic()
+            return not stopping and began < deadline and not leases.keep()
+
         try:
-            return self._work.look(
-                now(), lambda: not self._stopping.is_set() and time.monotonic() < deadline and not leases.keep()
-            )
+            return self._work.look(now(), proceed)
         finally:
             leases.give_all()
 

@@ -90,7 +90,7 @@ class Settings:
 
     blob_urls: str = setting(
         "own",
-        "Where devices fetch and upload: through this server, or by signed URLs of an s3:// or gs:// store.",
+        "Where devices fetch and upload: through this server, or by signed URLs of the store.",
         STORAGE,
         choices=("own", "store"),
     )

@@ -22,8 +22,9 @@ class Certificate:
     Whoever renews it replaces both files; connections from the next second on have the new one. While the files do
     not fit each other, the old one stays.
 
-    Formal guarantees: TLS 1.2 or 1.3 with forward-secret, authenticated ciphers only (the library's own list of
-    safe ones); no client certificate is asked for, no session survives a change of certificate.
+    Formal guarantees: TLS 1.2 or 1.3 with forward-secret, authenticated ciphers only (AES-GCM and
+    ChaCha20-Poly1305 after ECDHE); assumes that the key file is readable by the server only. A client that resumes a
+    session from before a change of certificate is not shown the new one.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:

@@ -271,11 +271,13 @@ def _read_manifest(folder: Path) -> Manifest:
                 f"{path.name} is of format {document.get('format')!r}, version {document.get('version')!r}",
             )
         manifest = Manifest(**document)
+        if not all(name.isidentifier() and "sha256" in facts for name, facts in manifest.tables.items()):
+            raise ValueError("a table's name is none")
     except FileNotFoundError:
         raise ArtifactInvalid(
             Reason.BACKUP_DAMAGED, f"the folder {folder.name!r} has no {_MANIFEST}: no backup, or one that was cut off"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactInvalid(Reason.BACKUP_DAMAGED, f"{path.name} cannot be read: {type(error).__name__}") from error
     if digest != _digest(document):
         raise ArtifactInvalid(Reason.BACKUP_DAMAGED, f"{path.name} is not as it was written")
@@ -290,7 +292,7 @@ def _index(folder: Path) -> Iterator[_Object]:
                 if one.bucket not in BUCKETS or ".." in one.path.split("/") or one.path.startswith("/"):
                     raise ValueError("a path leaves its bucket")
                 yield one
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactInvalid(Reason.BACKUP_DAMAGED, f"{_INDEX} cannot be read: {type(error).__name__}") from error
 
 

@@ -14,16 +14,19 @@ from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import GCSStore, LocalStore, ObjectStore, S3Store, from_url
-
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+from obstore.store import AzureStore, LocalStore, ObjectStore, from_url
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Store
+
+    _Signer = S3Store | GCSStore | AzureStore
 
 PATH_LIMIT = 1024
 CHUNK_BYTES = 1 << 20
@@ -76,6 +79,12 @@ def open_blob_store(url: str) -> "BlobStore":
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"the blob store cannot be opened: {type(error).__name__}"
         ) from None
+
+
+def local_folder(url: str) -> Path | None:
+    """The directory that a blob store's URL names, there or not; None for an object store."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path)) if "://" not in url or parts.scheme == "file" else None
 
 
 class BlobStore:
@@ -234,6 +243,11 @@ class BlobStore:
             raise _failed("delete", key, error) from error
         return True
 
+    @property
+    def put_headers(self) -> dict[str, str]:
+        """Headers without which a PUT by a signed URL is refused."""
+        return {"x-ms-blob-type": "BlockBlob"} if isinstance(self._store, AzureStore) else {}
+
     def signed_url(self, method: str, bucket: str, path: str, life: float) -> str:
         """An absolute URL of the store's own by which anyone may GET or PUT one object for `life` seconds.
 
@@ -243,11 +257,11 @@ class BlobStore:
         expires. Headers of a PUT are not signed, so nothing may rest on them: encodings are recognised by content.
         """
         key = _key(bucket, path)
-        if not isinstance(self._store, (S3Store, GCSStore)):
-            raise OperationFailed(Reason.SETTINGS_INVALID, "only s3:// and gs:// stores sign URLs that devices can use")
+        if isinstance(self._store, LocalStore):
+            raise OperationFailed(Reason.SETTINGS_INVALID, "a directory has no signed URLs of its own")
         verb: Literal["GET", "PUT"] = "GET" if method == "GET" else "PUT"
         try:
-            url = obstore.sign(self._store, verb, key, timedelta(seconds=life))
+            url = obstore.sign(cast("_Signer", self._store), verb, key, timedelta(seconds=life))
         except (BaseError, OSError, ValueError) as error:
             raise _failed("sign a URL of", key, error) from None
         if not url.startswith(("https://", "http://localhost:")):

@@ -196,8 +196,10 @@ def newest_release(tx: Transaction, task: TaskKey) -> int:
     return tx.execute(query).scalar() or 0
 
 
-def expired_iterations(tx: Transaction, now: datetime, *, limit: int = LIST_LIMIT) -> list[IterationRow]:
-    """Collecting rounds of OPEN tasks whose `expires` has come, at most `limit`."""
+def expired_iterations(
+    tx: Transaction, now: datetime, *, key: IterationKey | None = None, limit: int = LIST_LIMIT
+) -> list[IterationRow]:
+    """Collecting rounds of OPEN tasks whose `expires` has come, at most `limit`; `key` asks about one."""
     table, task = schema.iteration, schema.task
     query = (
         select(table)
@@ -210,6 +212,8 @@ def expired_iterations(tx: Transaction, now: datetime, *, limit: int = LIST_LIMI
         .order_by(table.c.expiration_time)
         .limit(limit)
     )
+    if key is not None:
+        query = query.where(schema.of_iteration(table, key))
     return [iteration_row(row) for row in tx.execute(query)]
 
 

@@ -27,7 +27,8 @@ from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.schema import ACTIVE_ITERATION, ACTIVE_TASK, RELEASED_ITERATION, TaskKind
 
 LIST_LIMIT = 200
-_CHUNK = 500
+# A transaction that holds up writers for some milliseconds only.
+_CHUNK = 100
 _ITERATION, _TASK = schema.iteration, schema.task
 
 

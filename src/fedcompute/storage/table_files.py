@@ -68,7 +68,7 @@ def read_table(tx: Transaction, table: Table, path: Path) -> int:
                 chunk = []
         if chunk:
             tx.execute(insert(table), chunk)
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError) as error:
         raise _damaged(path, type(error).__name__) from error
     return rows
 

@@ -9,8 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeVar
 
@@ -68,7 +67,21 @@ class Admission:
         if call is None:
             await self._app(scope, receive, send)
             return
-        answered = False
+        room = self._rooms[call]
+        answered = entered = False
+
+        async def enter() -> None:
+            nonlocal entered
+            if not entered:
+                await room.enter()
+                entered = True
+
+        async def receive_and_enter() -> Message:
+            # Whoever has not sent all of its request keeps no place from those who have.
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                await enter()
+            return message
 
         async def send_and_note(message: Message) -> None:
             nonlocal answered
@@ -76,12 +89,15 @@ class Admission:
             await send(message)
 
         try:
+            if call is Call.UPLOAD:
+                await enter()
+                await self._app(scope, receive, send_and_note)
+                return
             request = HTTPConnection(scope)
             if call is Call.CHECK_IN and not context_of(request).rates.may_check_in(request):
                 await self._turn_away(scope, receive, send)
                 return
-            async with self._rooms[call].place():
-                await self._app(scope, receive, send_and_note)
+            await self._app(scope, receive_and_enter, send_and_note)
         except asyncio.CancelledError:
             # Only a server that stops does that, after its grace.
             if answered or call is Call.UPLOAD:
@@ -92,6 +108,9 @@ class Admission:
                 await error_response(OperationFailed(Reason.SERVER_BUSY, str(full)))(scope, receive, send)
                 return
             await self._turn_away(scope, receive, send)
+        finally:
+            if entered:
+                room.leave()
 
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         await turned_away(self._settings)(scope, receive, send)
@@ -189,19 +208,16 @@ class _Room:
         self._patience = patience
         self._free = asyncio.Semaphore(places)
 
-    @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        if not self._free.locked():
-            await self._free.acquire()
-        elif not self._patience:
+    async def enter(self) -> None:
+        """Takes a place; raises _NoRoom."""
+        if self._free.locked() and not self._patience:
             raise _NoRoom(f"{self._places} are under way")
-        else:
-            try:
-                async with asyncio.timeout(self._patience):
-                    await self._free.acquire()
-            except TimeoutError:
-                raise _NoRoom(f"{self._places} are under way, for {self._patience:.0f} s") from None
         try:
-            yield
-        finally:
-            self._free.release()
+            async with asyncio.timeout(self._patience or None):
+                await self._free.acquire()
+        except TimeoutError:
+            raise _NoRoom(f"{self._places} are under way, for {self._patience:.0f} s") from None
+
+    def leave(self) -> None:
+        """Gives the place back."""
+        self._free.release()

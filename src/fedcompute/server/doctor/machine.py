@@ -7,13 +7,13 @@ import stat
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import func, select, text
 
 from fedcompute.server.doctor.findings import Finding, Limits, Patient, age, spoken
 from fedcompute.server.security.operator_secret import FILE_NAME
 from fedcompute.storage import schema
+from fedcompute.storage.blobs import local_folder
 from fedcompute.storage.database import sqlite_path
 from fedcompute.storage.leases import forget_expired_leases
 
@@ -144,9 +144,9 @@ def _folders(patient: Patient) -> list[Path]:
     file = sqlite_path(patient.settings.database)
     if file is not None:
         folders.append(file.parent)
-    blobs = urlsplit(patient.settings.blobs)
-    if blobs.scheme in ("", "file"):
-        folders.append(Path(unquote(blobs.path)))
+    blobs = local_folder(patient.settings.blobs)
+    if blobs is not None:
+        folders.append(blobs)
     return folders
 
 

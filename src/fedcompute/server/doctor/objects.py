@@ -24,6 +24,7 @@ from fedcompute.storage.schema import ACTIVE_TASK, RELEASED_ITERATION
 _LIST_LIMIT = 1_000_000
 _PROBES = "_health/"  # the readiness check's
 _SHOWN = 5
+_NAMED = 20
 _CONFIRMED = 10_000
 
 
@@ -47,9 +48,18 @@ def examine_objects(patient: Patient) -> Iterator[Finding]:
     with patient.database.read() as tx:
         still = set(references(tx)) if gone else set()
         left_over = _left_over(tx, listed)
-    for one in sorted(gone):
-        if one in still and not patient.blobs.exists(one.bucket, one.path):
-            yield _missing(one)
+    missing = [
+        one for one in sorted(gone)[:_CONFIRMED] if one in still and not patient.blobs.exists(one.bucket, one.path)
+    ]
+    yield from (_missing(one) for one in missing[:_NAMED])
+    if len(missing) > _NAMED:
+        yield Finding(
+            "objects_missing",
+            "blob store",
+            f"rows refer to {len(missing)} objects that the store does not have, {_NAMED} of them named above",
+            "restore them from a backup; if the store is another server's, correct --blob-url",
+            {"objects": len(missing)},
+        )
     for (code, what), found in sorted(left_over.items()):
         # Retention may have been at work since the listing.
         if present := [one for one in found[:_CONFIRMED] if patient.blobs.exists(*one)]:

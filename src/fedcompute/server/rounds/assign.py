@@ -80,7 +80,9 @@ def report_completed(
     url = context.signed_url("PUT", GRADIENT, path, context.settings.signed_url_life, UPLOAD_HEADERS)
     return task_assignments_pb2.ReportResultResponse(
         upload_instruction=task_assignments_pb2.UploadInstruction(
-            upload_location=url, extra_request_headers=UPLOAD_HEADERS, compression_format=_GZIP
+            upload_location=url,
+            extra_request_headers=UPLOAD_HEADERS | context.store_headers,
+            compression_format=_GZIP,
         )
     )
 

@@ -58,6 +58,9 @@ def _again(
     key, last = iteration.key, iteration.key.attempt_id + 1 >= context.settings.round_attempts
     with context.database.write() as tx:
         lock_population(tx, key.population)
+        if error.reason is Reason.ROUND_EXPIRED and not expired_iterations(tx, now(), key=key):
+            # It closed, or its task was paused meanwhile, which stops its clock.
+            return False
         for batch in damaged:
             present = get_batch(tx, batch.key)
             if present is None or present.status is not batch.status:

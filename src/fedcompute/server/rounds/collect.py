@@ -1,6 +1,7 @@
 """Collecting: uploads become batches, batches become sums, enough of them close the round (spec/server.md 6.1, 6.4)."""
 
 import logging
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -42,6 +43,7 @@ from fedcompute.storage.secrets import private_keys, published_keys
 
 _LOG = logging.getLogger(__name__)
 _ROUND_LIMIT = 100_000
+_FEW = 4  # uploads
 _MANY = 50
 _FOLDER_LIMIT = 1_000_000
 
@@ -159,13 +161,27 @@ def _form_batches(context: Context, tx: Transaction, iteration: IterationRow, ca
         # The mean divides by the goal whatever arrives, so more than the goal would bias it; the rest stands by for
         # contributions that turn out bad.
         ready = ready[:missing]
-    size = context.settings.collector_batch_size
-    groups = [ready[start : start + size] for start in range(0, len(ready), size)]
     created = False
-    for group in groups:
-        if len(group) == size or len(ready) >= missing:
-            created |= create_batch(tx, iteration.key, group, now()) is not None
+    while ready:
+        size = _batch_size(context.settings.collector_batch_size, missing)
+        if len(ready) < size and len(ready) < missing:
+            break
+        group, ready = ready[:size], ready[size:]
+        missing = max(0, missing - len(group))
+        created |= create_batch(tx, iteration.key, group, now()) is not None
     return created
+
+
+def _batch_size(most: int, missing: int) -> int:
+    """How many uploads the next batch holds where `missing` are not in one yet.
+
+    Towards the end of a round batches get smaller: what devices wait for after the last upload is the last batch. None
+    gets smaller than it must, since the sum of a few devices tells more about each.
+    """
+    if missing <= 0:
+        return most
+    half = max(-(-missing // 2), _FEW)
+    return min(most, half if missing - half >= _FEW else missing)
 
 
 def _fixed_denominator(context: Context, iteration: IterationRow) -> bool:
@@ -196,6 +212,7 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
         key_service=service,
         seal_sum=settings.seals_aggregates,
         seal_to=PublicKey(own[0].id, own[0].public_key) if own else None,
+        unpackers=1 if service is not None else max(1, (os.cpu_count() or 1) // settings.worker_count),
     )
 
 

@@ -62,7 +62,6 @@ class Engine:
             while not self._stopping:
                 self._event.clear()
                 changed = await asyncio.get_running_loop().run_in_executor(thread, self._guarded_pass)
-                self._last = time.monotonic()
                 if self._stopping:
                     break
                 await asyncio.sleep(_PAUSE)
@@ -81,5 +80,5 @@ class Engine:
                 _LOG.exception("a pass of the round engine failed")
             self._last_error = text
             return False
-        self._last_error = ""
+        self._last, self._last_error = time.monotonic(), ""
         return changed

@@ -62,7 +62,7 @@ class Jobs:
     """Runs at most one job per key at a time and repeats those that fail, a little later each time.
 
     Storage or a key service that fails is waited for, however long: a full disk must not cost a task. Other errors are
-    given up after `attempts`.
+    given up after `attempts`. A job that waits takes no worker's place, and any engine may try it.
 
     Nothing here outlives the process: after a restart the database says which jobs are missing, and `poll` starts
     them again. An engine that shares its database takes no more at a time than its workers can do soon. For one thread,
@@ -103,6 +103,9 @@ class Jobs:
             if flight.outages & (flight.outages - 1) == 0:
                 _LOG.error("job for %s waits for what failed to come back (attempt %d): %s", key, flight.outages, error)
             self._postpone(flight, flight.outages)
+            if self._leases is not None:
+                # It may be this machine's way to the store that is cut; another engine may have one.
+                self._leases.give(str(key))
             return None
         flight.failures += 1
         if flight.failures < self._attempts:
@@ -144,10 +147,15 @@ class Jobs:
 
     def _is_ours(self, key: JobKey) -> bool:
         # What a round will cost is of use to every engine that may come to apply it.
-        if self._leases is None or key in self._flights or isinstance(key, AheadKey):
+        if self._leases is None or isinstance(key, AheadKey):
             return True
-        leased = [one for one in self._flights if not isinstance(one, AheadKey)]
-        return len(leased) < self._executor.capacity and self._leases.take(str(key))
+        flight = self._flights.get(key)
+        if flight is not None and (flight.future is not None or time.monotonic() < flight.resume):
+            return True
+        running = [
+            one for one, its in self._flights.items() if not isinstance(one, AheadKey) and its.future is not None
+        ]
+        return len(running) < self._executor.capacity and self._leases.take(str(key))
 
     def _postpone(self, flight: _Flight, times: int) -> None:
         wait = min(2.0 ** min(times - 1, _LONGEST_POWER) - 1, _LONGEST_WAIT)

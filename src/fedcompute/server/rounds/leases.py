@@ -10,6 +10,7 @@ from fedcompute.storage.database import Database
 from fedcompute.storage.leases import acquire_lease, release_leases, renew_leases
 
 _HOST_CHARACTERS = 20
+_ASK_AGAIN = 1.0
 
 
 class Leases:
@@ -25,18 +26,26 @@ class Leases:
         self._period = lifetime / 3
         self._holder = f"{socket.gethostname()[:_HOST_CHARACTERS]}/{os.getpid()}/{uuid.uuid4().hex[:12]}"
         self._held: set[str] = set()
+        self._denied: dict[str, float] = {}  # monotonic time before which there is no sense in asking again
         self._renewed = time.monotonic()
 
     def take(self, name: str) -> bool:
         """Whether this engine may do what is called `name`; raises OperationFailed(STORAGE_FAILED)."""
         if name in self._held:
             return True
+        moment = time.monotonic()
+        if moment < self._denied.get(name, 0.0):
+            return False
         with self._database.write() as tx:
             taken = acquire_lease(tx, name, self._holder, datetime.now(UTC), self._lifetime)
         if taken:
             if not self._held:
                 self._renewed = time.monotonic()
             self._held.add(name)
+        else:
+            # Every wake asks, and each question is a transaction that writes.
+            self._denied = {one: until for one, until in self._denied.items() if moment < until}
+            self._denied[name] = moment + min(_ASK_AGAIN, self._period)
         return taken
 
     def keep(self) -> set[str]:

@@ -50,6 +50,7 @@ class Passes:
         """Does what can be done now for every task and round; one that fails does not stop the others."""
         context = self._context
         context.jobs.keep()
+        sweeps = time.monotonic() >= self._next_sweep
         changed = self._chores()
         with context.database.read() as tx:
             created = _all(partial(list_tasks, tx, statuses=[TaskStatus.CREATED]))
@@ -66,14 +67,15 @@ class Passes:
             for one in rounds
             if one.status is IterationStatus.COLLECTING and one.key.task not in waiting
         )
-        return changed | self._each((str(one.key), partial(_STEPS[one.status], context, one)) for one in rounds)
+        changed |= self._each((str(one.key), partial(_STEPS[one.status], context, one)) for one in rounds)
+        # Last: a round that has all it needs closes, also after a time in which no server ran.
+        return changed | (sweeps and self._each([("expiry", partial(expire, context))]))
 
     def _chores(self) -> bool:
         changed = False
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + self._sweep_period
             changed |= self._each([("time-outs", lambda: time_out(self._context))])
-            changed |= self._each([("expiry", lambda: expire(self._context))])
         if time.monotonic() >= self._next_cleaning:
             self._next_cleaning = time.monotonic() + _CLEANING
             self._each([("cleaning", self._clean)])

@@ -19,7 +19,7 @@ from fedcompute.server.rounds.update import client_checkpoint_bytes, read_checkp
 from fedcompute.server.settings import Settings
 from fedcompute.storage.blobs import BlobMissing
 from fedcompute.storage.check_ins import has_room
-from fedcompute.storage.database import lock_population
+from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.iterations import (
     IterationRow,
     NewIteration,
@@ -39,7 +39,7 @@ from fedcompute.storage.paths import (
     server_checkpoint_path,
     server_plan_path,
 )
-from fedcompute.storage.releases import completed_iterations
+from fedcompute.storage.releases import completed_iterations, standing_of
 from fedcompute.storage.retention import claim_checkpoint
 from fedcompute.storage.schema import IterationStatus, TaskStatus
 from fedcompute.storage.tasks import TaskRow, complete_task, fail_task, get_task, open_task
@@ -64,11 +64,13 @@ def open_if_complete(context: Context, task: TaskRow) -> bool:
     if plan is None:
         return False
     context.warm_up()
-    first = _following(context, task, None) if task.is_training and _has_started(task) else None
+    first = _following(context, task, None) if task.is_training and _has_started(task) and not _is_over(task) else None
     ahead = Outlook(known=True) if first is None else outlook(context, first)
     if not ahead.known:
         return False
     with context.database.write() as tx:
+        if ahead.refused is not None and not _still_refused(tx, task.key, ahead.refused):
+            return True
         opened = open_task(tx, task.key, now())
         if opened and ahead.refused is not None:
             complete_task(tx, task.key, now(), reason=Reason.BUDGET_SPENT)
@@ -103,7 +105,7 @@ def advance(context: Context, task: TaskRow) -> bool:
         return not active and _complete(context, task)
     if task.status is TaskStatus.PAUSED or not _has_started(task):
         return False
-    if task.do_not_create_iteration_after is not None and now() > task.do_not_create_iteration_after:
+    if _is_over(task):
         return not active and _complete(context, task, Reason.STOP_TIME_PASSED)
     if not task.is_training:
         return _next_evaluation(context, task, newest)
@@ -215,6 +217,16 @@ def _has_started(task: TaskRow) -> bool:
     return task.start_no_earlier_than is None or now() >= task.start_no_earlier_than
 
 
+def _is_over(task: TaskRow) -> bool:
+    return task.do_not_create_iteration_after is not None and now() > task.do_not_create_iteration_after
+
+
+def _still_refused(tx: Transaction, task: TaskKey, overspent: Overspent) -> bool:
+    """Whether the ledger and the budget are those that decided; keeps them so until the transaction ends."""
+    lock_population(tx, task.population)
+    return standing_of(tx, task.population) == overspent.standing
+
+
 def _following(context: Context, task: TaskRow, last: IterationRow | None) -> NewIteration:
     with context.database.read() as tx:
         released = newest_release(tx, task.key)
@@ -228,6 +240,8 @@ def _complete(context: Context, task: TaskRow, reason: Reason | None = None) -> 
 
 def _end(context: Context, task: TaskKey, overspent: Overspent) -> bool:
     with context.database.write() as tx:
+        if not _still_refused(tx, task, overspent):
+            return True
         # Not one that was paused meanwhile: it may get more budget before it goes on.
         ended = complete_task(tx, task, now(), reason=Reason.BUDGET_SPENT, statuses=[TaskStatus.OPEN])
     if ended:

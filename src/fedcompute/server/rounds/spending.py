@@ -122,10 +122,10 @@ def prospect(
     limited = spending.standing.budget is not None
     following: tuple[Event, ...] = ()
     if has_noise(process):
-        blank = _blank_round(process, state())
+        blank = blank_round(process, state())
         events = events_of(process, blank)
         if limited and not is_last:
-            following = events_of(process, _blank_round(process, blank.state))
+            following = events_of(process, blank_round(process, blank.state))
     else:
         events = following = _UNPROTECTED if charges(process) else ()
     delta = claim_of(process, a_round.report_goal)["delta"]
@@ -150,6 +150,12 @@ def has_noise(process: Process) -> bool:
 def charges(process: Process) -> bool:
     """Whether rounds of the process are charged for: all that release a model, and those that noise metrics."""
     return process.kind == Process.TRAINING or process.HasField("metric_noise")
+
+
+def blank_round(process: Process, state: Tensors) -> RoundResult:
+    """A round of nobody, without noise: it has the events of every other round that starts from `state`."""
+    clip_norm = clip_norm_told(process, client_checkpoint(process, state))
+    return round_update(process, state, empty_sum(process, b"", clip_norm), SilentNoise())
 
 
 def events_of(process: Process, result: RoundResult) -> tuple[Event, ...]:
@@ -223,11 +229,6 @@ def overspending(epsilon: float, budget: Budget | None) -> str:
         f"privacy budget spent: the next release would bring the population to epsilon {epsilon:.6g} at delta "
         f"{budget.delta:g} ({budget.assumption.value}), its budget is {budget.epsilon:g}"
     )
-
-
-def _blank_round(process: Process, state: Tensors) -> RoundResult:
-    clip_norm = clip_norm_told(process, client_checkpoint(process, state))
-    return round_update(process, state, empty_sum(process, b"", clip_norm), SilentNoise())
 
 
 def _refused(spending: Spending, process: Process, a_round: Round, events: Sequence[Event]) -> Overspent | None:

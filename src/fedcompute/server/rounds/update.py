@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import numpy as np
@@ -27,14 +27,17 @@ from fedcompute.privacy.chain import Release
 from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SilentNoise, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.graph_plans.form import GraphPlan
+from fedcompute.server.rounds.lookahead import look_ahead
 from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.rounds.spending import (
     Overspent,
     Prospect,
     Round,
     Spending,
+    blank_round,
     entries_of,
     events_of,
+    has_noise,
     prospect,
 )
 from fedcompute.server.security.key_service import KeyService, held_keys
@@ -48,6 +51,7 @@ from fedcompute.tensors.tree import Tensors, spec_from_proto
 
 # Of a model whose noise is drawn ahead: 32 MiB for a release, some times that where a tree grows.
 _MOST_ELEMENTS = 1 << 22
+_READERS = 2  # threads that read partial sums
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | O
     Formal guarantees: at most one noised result of a round is ever stored. The server checkpoint, which holds state
     and metrics, and an evaluation's metrics are created only if absent; when another run of this job was first, what
     it stored is kept, the other results are derived from it, and the noise drawn here is dropped unseen. Hence draws
-    made ahead serve one release too, however often the job runs.
+    made ahead serve one release too, however often the job runs. Once a result is stored the sums are not looked at
+    again, so that it holds the `contributions` that its entries name.
     """
     blobs = open_blob_store(job.blob_url)
     limit = job.max_checkpoint_bytes
@@ -111,34 +116,38 @@ def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | O
     if plan.has_graphs:
         return _update_with_graphs(blobs, load_graphs(stored_plan, limit), plan.process, job)
     process = plan.process
-    noise = noise or DrawnNoise(job.draws, SystemNoise())
-    keys = held_keys(job.private_keys, job.key_service)
-    total = reduce(merge, (_read_sum(blobs, path, plan.digest, keys, limit) for path in job.sum_paths))
-    this_round = Round(job.key, job.report_goal, total.num_inputs)
+    this_round = Round(job.key, job.report_goal, job.contributions)
     ahead = _prospect(blobs, process, job, this_round)
     if ahead.refused is not None:
         return ahead.refused
-    base = _base(blobs, process, job, noise)
-    result = round_update(process, base, total, noise, weight=staleness_weight(job.staleness))
+    kept = blobs.exists(MODEL, _first_result(process, job))
+    if kept:
+        base = _base(blobs, process, job, SilentNoise())
+        # With the events of any other round of the process.
+        result = blank_round(process, base) if has_noise(process) else RoundResult(base, {}, ())
+    else:
+        noise = noise or DrawnNoise(job.draws, SystemNoise())
+        total = _total(blobs, plan.digest, job)
+        base = _base(blobs, process, job, noise)
+        result = round_update(process, base, total, noise, weight=staleness_weight(job.staleness))
     if events_of(process, result) != ahead.events:
         raise OperationFailed(Reason.INTERNAL, f"round {job.key} is not the one whose cost was worked out")
+    kept = kept or not blobs.put(MODEL, _first_result(process, job), _first_bytes(process, job, result), if_absent=True)
     metrics, state = result.metrics, result.state
     if process.kind == learning_pb2.LearningProcess.TRAINING:
-        stored = seal_noise(result.checkpoint(), job.noise_key, job.checkpoint_path)
-        data = gzip_bytes(write_checkpoint(stored))
-        if not blobs.put(MODEL, job.checkpoint_path, data, if_absent=True):
+        if kept:
             released = _read_leaves(blobs, job, job.checkpoint_path)
             metrics, state = metrics_of_checkpoint(process, released), read_state(process, released)
         blobs.put(MODEL, job.client_checkpoint_path, client_checkpoint_bytes(process, state))
         blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
-    elif not blobs.put(MODEL, job.metrics_path, metrics_json(metrics), if_absent=True):
+    elif kept:
         metrics = read_metrics(blobs.get(MODEL, job.metrics_path, limit=limit))
     clip_norm = clip_norm_told(process, client_checkpoint(process, base)) if result.events else None
     return UpdateResult(
         metrics=dict(metrics),
-        releases=entries_of(process, this_round, result, clip_norm, ahead.epsilon),
+        releases=entries_of(process, this_round, replace(result, metrics=metrics), clip_norm, ahead.epsilon),
         standing=job.spending.standing,
-        contributions=total.num_inputs,
+        contributions=job.contributions,
         no_more=ahead.no_more,
     )
 
@@ -152,19 +161,22 @@ def _update_with_graphs(
     ahead = _prospect(blobs, process, job, this_round)
     if ahead.refused is not None:
         return ahead.refused
-    base = read_stored(blobs.get(MODEL, job.base_path, limit=limit), limit)
-    keys = held_keys(job.private_keys, job.key_service)
-    partials = (_read_stored_sum(blobs, path, keys, limit) for path in job.sum_paths)
-    applied = graphs.apply(base, partials, job.contributions)
-    metrics = applied.metrics
+    metrics: Mapping[str, float] | None = None
+    if not blobs.exists(MODEL, _first_result(process, job)):
+        base = read_stored(blobs.get(MODEL, job.base_path, limit=limit), limit)
+        keys = held_keys(job.private_keys, job.key_service)
+        partials = (_read_stored_sum(blobs, path, keys, limit) for path in job.sum_paths)
+        applied = graphs.apply(base, partials, job.contributions)
+        trains = process.kind == learning_pb2.LearningProcess.TRAINING
+        first = gzip_bytes(applied.checkpoint) if trains else metrics_json(applied.metrics)
+        if blobs.put(MODEL, _first_result(process, job), first, if_absent=True):
+            metrics = applied.metrics
     if process.kind == learning_pb2.LearningProcess.TRAINING:
-        released = applied.checkpoint
-        if not blobs.put(MODEL, job.checkpoint_path, gzip_bytes(released), if_absent=True):
-            released = read_stored(blobs.get(MODEL, job.checkpoint_path, limit=limit), limit)
-            metrics = graphs.metrics_of(released)
+        released = read_stored(blobs.get(MODEL, job.checkpoint_path, limit=limit), limit)
+        metrics = graphs.metrics_of(released) if metrics is None else metrics
         blobs.put(MODEL, job.client_checkpoint_path, gzip_bytes(graphs.client_checkpoint(released)))
         blobs.put(MODEL, job.metrics_path, metrics_json(metrics))
-    elif not blobs.put(MODEL, job.metrics_path, metrics_json(metrics), if_absent=True):
+    elif metrics is None:
         metrics = read_metrics(blobs.get(MODEL, job.metrics_path, limit=limit))
     return UpdateResult(
         metrics=dict(metrics),
@@ -237,6 +249,30 @@ def _base(
         return state
     # The first round: whoever delivered the checkpoint may know the noise in it.
     return begin_noise(process, state, noise)
+
+
+def _first_result(process: learning_pb2.LearningProcess, job: UpdateJob) -> str:
+    """Where the result lies that is stored once, and that all others are derived from."""
+    return job.checkpoint_path if process.kind == learning_pb2.LearningProcess.TRAINING else job.metrics_path
+
+
+def _first_bytes(process: learning_pb2.LearningProcess, job: UpdateJob, result: RoundResult) -> bytes:
+    if process.kind != learning_pb2.LearningProcess.TRAINING:
+        return metrics_json(result.metrics)
+    return gzip_bytes(write_checkpoint(seal_noise(result.checkpoint(), job.noise_key, job.checkpoint_path)))
+
+
+def _total(blobs: BlobStore, digest: bytes, job: UpdateJob) -> PartialSum:
+    keys = held_keys(job.private_keys, job.key_service)
+    limit = job.max_checkpoint_bytes
+    threads = _READERS if job.key_service is None else 1
+    total = reduce(merge, look_ahead(lambda path: _read_sum(blobs, path, digest, keys, limit), job.sum_paths, threads))
+    if total.num_inputs != job.contributions:
+        # Made anew by a worker that came too late and found other uploads than were recorded.
+        raise ArtifactInvalid(
+            Reason.PARTIAL_SUM_MISMATCH, f"the partial sums hold {total.num_inputs} updates, not {job.contributions}"
+        )
+    return total
 
 
 def _read_leaves(blobs: BlobStore, job: UpdateJob, path: str) -> Tensors:

@@ -49,11 +49,12 @@ def check_chain(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certific
     The chain may end with the root or with a certificate that the root issued.
 
     Formal guarantees: on return one of `roots` signed the last certificate or is it (same name and key); every
-    certificate is signed by the one after it and valid at `now`; every issuer is a CA that may sign certificates and
-    whose path length allows what stands below it; no signature uses a hash weaker than SHA-256 or an RSA key below
+    certificate is signed by the one after it; every issuer is valid at `now`, is a CA that may sign certificates, and
+    its path length allows what stands below it; no signature uses a hash weaker than SHA-256 or an RSA key below
     2048 bits; no critical extension was left unread. These are the checks of RFC 5280, section 6.1, that apply to
-    chains without policies and name constraints, which critical extensions would announce; a certificate that an issuer
-    makes for its own name counts towards its path length like any other.
+    chains without policies and name constraints, which critical extensions would announce, with two differences: a
+    certificate that an issuer makes for its own name counts towards its path length like any other, and the dates of
+    the leaf, which the device writes by its own clock, say nothing; how fresh it is its challenge tells.
     """
     try:
         # The root as the operator has it: of a copy that the device sends nobody has checked the signature.
@@ -72,8 +73,6 @@ def check_chain(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certific
 
 
 def _check_certificate(certificate: x509.Certificate, now: datetime, *, is_issuer: bool, below: int) -> None:
-    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        raise _untrusted("a certificate is not valid now")
     if any(one.critical and one.oid not in _READ_HERE for one in certificate.extensions):
         raise _untrusted("a certificate has a critical extension that is not known here")
     key, signed_with = certificate.public_key(), certificate.signature_hash_algorithm
@@ -82,6 +81,8 @@ def _check_certificate(certificate: x509.Certificate, now: datetime, *, is_issue
         raise _untrusted("a certificate uses weak cryptography")
     if not is_issuer:
         return
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        raise _untrusted("an issuer is not valid now")
     constraints = _extension(certificate, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
         raise _untrusted("a certificate was issued by one that is no CA")

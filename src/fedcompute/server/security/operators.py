@@ -3,6 +3,7 @@
 Without a key a route is open only to a program on this machine that speaks to a server which listens on this machine's
 own address alone. A browser is such a program too, and so is a proxy; neither may lend that trust to strangers:
 
+- a public URL that is not this machine's means a proxy, and not every proxy leaves a trace in what it hands on;
 - a Host header that names another machine means a proxy, or a web page whose name was pointed here (DNS rebinding);
 - a header that proxies add means that the caller is somebody else;
 - a change whose Origin is another page was not asked for by who sits at the browser.
@@ -12,6 +13,7 @@ Headers can therefore only take trust away. None gives it.
 
 import ipaddress
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,7 +28,9 @@ _LOG = logging.getLogger(__name__)
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 KEY_HEADER = "x-api-key"
 _KEY_LIMIT = 256
-_OF_PROXIES = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
+_OF_PROXIES = re.compile(r"forwarded|via|cdn-loop|x-real-ip|.*client-ip|(x-forwarded|x-original|x-envoy|cf-).*")
+# What a host of a URL may be; parsers of whole URLs find a host also in what is none.
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 _NEED_KEY = "management routes need an API key"
 
 
@@ -65,7 +69,8 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
     FOREIGN_ORIGIN.
 
     Formal guarantees: a caller without a live key of this server is either refused or LOOPBACK; it is LOOPBACK only if
-    the server listens on a loopback address alone, does not demand keys, and no header speaks against it.
+    the server listens on a loopback address alone, is not published elsewhere, does not demand keys, and no header
+    speaks against it.
     """
     text = presented_key(headers)
     if text is not None:
@@ -75,9 +80,9 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
     if not opens_without_key(settings):
         raise RequestRejected(Reason.API_KEY_MISSING, _NEED_KEY)
     host = headers.get("host", "")
-    if not is_loopback(_name(f"//{host}")):
+    if not is_loopback(_name(host)):
         raise RequestRejected(Reason.API_KEY_MISSING, f"{_NEED_KEY} when the request names another machine as its host")
-    if any(name in headers for name in _OF_PROXIES):
+    if any(_OF_PROXIES.fullmatch(name) for name in headers):
         raise RequestRejected(Reason.API_KEY_MISSING, f"{_NEED_KEY} when they are called through a proxy")
     if method not in SAFE_METHODS:
         _check_origin(host, headers)
@@ -85,8 +90,12 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
 
 
 def opens_without_key(settings: Settings) -> bool:
-    """Whether this machine's own programs need no key: the server listens on a loopback address, and demands none."""
-    return not settings.require_api_keys and is_loopback(settings.host)
+    """Whether this machine's own programs need no key: the server listens on a loopback address, and demands none.
+
+    A public URL elsewhere, and proxies that are trusted, say that strangers come by a program on this machine.
+    """
+    own = settings.public_url is None or is_loopback(urlsplit(settings.public_url).hostname or "")
+    return own and not settings.trusted_proxies and not settings.require_api_keys and is_loopback(settings.host)
 
 
 def warn_if_locked(database: Database, settings: Settings, now: datetime) -> None:
@@ -117,8 +126,6 @@ def _check_origin(host: str, headers: Mapping[str, str]) -> None:
         raise RequestRejected(Reason.FOREIGN_ORIGIN, "a page of another origin may change nothing here")
 
 
-def _name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+def _name(host: str) -> str:
+    found = _HOST.fullmatch(host)
+    return "" if found is None else found["name"]

@@ -71,5 +71,12 @@ def _serials(document: Any) -> frozenset[str]:
     entries = document.get("entries") if isinstance(document, dict) else None
     if not isinstance(entries, dict):
         raise ValueError("no entries")
-    # Written as the list's authors do, or with capitals or leading zeros, it is the same number.
-    return frozenset(f"{int(serial, 16):x}" for serial in entries)
+    # Written as the list's authors do, or with capitals or leading zeros, it is the same number. Old entries of the
+    # published list are decimal; which they are nothing says, so digits alone stand for both.
+    found = {f"{int(serial, 16):x}" for serial in entries}
+    return frozenset(found | {f"{int(serial):x}" for serial in entries if _is_decimal(serial)})
+
+
+def _is_decimal(serial: str) -> bool:
+    # No serial number has more than 20 bytes.
+    return serial.isascii() and serial.isdecimal() and len(serial) <= 49
