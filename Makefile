@@ -24,6 +24,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/load.py
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_protos.py

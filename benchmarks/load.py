@@ -55,8 +55,25 @@ class Server:
 
     def cpu(self) -> float:
         """Seconds of CPU that it has used so far, without its workers."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_of(self.process.pid)
+
+    def settle(self) -> None:
+        """Waits until its workers have nothing to do: a task that opens prepares its first round."""
+        before = -1.0
+        while (now := self._cpu_of_workers()) > before:
+            before = now
+            time.sleep(1)
+
+    def _cpu_of_workers(self) -> float:
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        children = [one for thread in threads for one in (thread / "children").read_text().split()]
+        return sum(cpu_of(int(one)) for one in children)
+
+
+def cpu_of(process: int) -> float:
+    """Seconds of CPU that a process has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -178,10 +195,12 @@ def check_ins(load: Load, rate: float, seconds: float, places: int) -> Table:
     body = check_in_body()
     with tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name, serving(Path(name)) as server:
         open_task(server, POPULATION, goal=places, room=places)
+        server.settle()
         load(server, check_in_head("nobody", body), rate=500, seconds=1, body=body)
         steady = load(server, check_in_head(POPULATION, body), rate=rate, seconds=seconds, body=body)
         flat_out = load(server, check_in_head(POPULATION, body), seconds=5, body=body)
         open_task(server, "again", goal=places, room=places)
+        server.settle()
         places_flat_out = load(server, check_in_head("again", body), count=places, body=body)
     for label, found, asked in (
         (f"{rate:g} a second for {seconds:g} s", steady, rate),
@@ -259,10 +278,8 @@ def uploads(load: Load, count: int, rate: float, workers: int) -> Table:
         wait_until(lambda: len(rounds_of(database)) > 1)
         first, second = rounds_of(database)[:2]
         database.close()
-    table.add_row(
-        f"PUT, {len(body) / 1e6:.1f} MB each, asked {rate:g} a second, {found['statuses']}", f"{found['seconds']:.2f}"
-    )
-    table.add_row("  uploads a second", f"{found['answered'] / found['seconds']:.1f}")
+    table.add_row(f"PUT, {len(body) / 1e6:.1f} MB each: {found['statuses']}", f"{found['seconds']:.2f}")
+    table.add_row(f"  uploads a second, asked {rate:g}", f"{found['answered'] / found['seconds']:.1f}")
     table.add_row("  p50 / p99 of one", f"{found['other']['p50']:.3f} / {found['other']['p99']:.3f}")
     table.add_row("  CPU of the web server / of the load generator", f"{found['server_cpu']:.2f} / {found['cpu']:.2f}")
     last = ended
@@ -273,10 +290,9 @@ def uploads(load: Load, count: int, rate: float, workers: int) -> Table:
     ):
         table.add_row(label, f"{first[int(status)] - last:.3f}")
         last = first[int(status)]
-    table.add_row("until the next round takes devices", f"{second[int(IterationStatus.COLLECTING)] - last:.3f}")
-    table.add_row(
-        "[bold]from the last upload to the next round", f"{second[int(IterationStatus.COLLECTING)] - ended:.3f}"
-    )
+    opened = second[int(IterationStatus.COLLECTING)]
+    table.add_row("until the next round takes devices", f"{opened - last:.3f}")
+    table.add_row("[bold]from the last upload to the next round", f"{opened - ended:.3f}")
     return table
 
 

@@ -38,7 +38,7 @@ def _rules(told: About) -> str:
     if told.choices:
         rules.append("one of " + ", ".join(f"`{one}`" for one in told.choices))
     if told.minimum is not None and told.maximum is not None:
-        rules.append(f"{told.minimum:g} to {told.maximum:g}")
+        rules.append(f"{told.minimum:.10g} to {told.maximum:.10g}")
     return f" ({'; '.join(rules)})" if rules else ""
 
 

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from fedcompute import __version__
 from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.api import assignments, blobs, health, keys, operations, reports
@@ -68,6 +69,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
                 app.state.start_error = error
                 raise
             app.state.readiness = health.readiness_of(context)
+            _LOG.info("fedcompute %s runs as %s", __version__, " and ".join(settings.roles))
             passes = Passes(context)
             with contextlib.closing(CheckIns(context)) as app.state.check_ins:
                 async with _rounds(context, engine) if settings.runs_engine else contextlib.nullcontext():
@@ -160,7 +162,8 @@ def server(settings: Settings, executor: Executor | None = None) -> WebServer:
 
 def _open_database(settings: Settings) -> tuple[Claim | None, Database]:
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        # Updates of single devices lie here, and un-noised sums.
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         detail = f"the data directory cannot be made: {error.strerror}"
         raise OperationFailed(Reason.SETTINGS_INVALID, detail) from error

@@ -1,10 +1,14 @@
 """`fedcompute backup`, `restore`, `doctor` and `retention` beside a server that runs, and without one."""
 
 import json
+import shutil
 import stat
+import time
 
+import httpx
 import pytest
 
+from fedcompute.protos import task_pb2
 from fedcompute.storage.database import Database
 
 
@@ -112,3 +116,35 @@ def test_retention_says_what_is_due_and_removes_it(data, fedcompute):
     assert json.loads(result.output) == {
         "rounds": [], "checkpoints": [], "tasks": [], "objects": 0, "rows": 0, "finished": True, "dry_run": False,
     }  # fmt: skip
+
+
+def test_over_http_a_failed_task_and_a_server_that_is_not_ready_are_found(data, fedcompute):
+    folder, url = data
+    task = task_pb2.Task(
+        total_iteration=1, min_aggregation_size=1, max_aggregation_size=1, min_client_version="0",
+        max_client_version="9",
+    )  # fmt: skip
+    created = httpx.post(
+        f"{url}/taskmanagement/v1/population/broken:create-task",
+        content=task_pb2.CreateTaskRequest(task=task).SerializeToString(),
+        headers={"content-type": "application/x-protobuf"},
+    )
+    task = task_pb2.CreateTaskResponse.FromString(created.content).task
+    for place in (*task.init_checkpoint_url, *task.server_phase_url, *task.client_only_plan_url):
+        assert httpx.put(place, content=b"\x0ajunk").status_code == 200
+
+    def codes():
+        result = fedcompute("doctor", "--server", url, "--json")
+        return {one["code"]: one for one in json.loads(result.output)["findings"]}
+
+    deadline = time.monotonic() + 60
+    while not (found := codes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found["task_failed"]["subject"] == "broken/1"
+    assert "plan_malformed" in found["task_failed"]["what"]
+
+    shutil.rmtree(folder / "blobs")
+    (folder / "blobs").write_text("no directory any more")
+    while not (found := codes()).keys() & {"server_not_ready"} and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert found["server_not_ready"]["what"].startswith("blobs: ")

@@ -10,6 +10,7 @@ import urllib.request
 
 import pytest
 
+from fedcompute.cli.server import listen
 from fedcompute.server.configuration import flag_of
 from fedcompute.server.setting import about
 from fedcompute.server.settings import Settings
@@ -120,3 +121,11 @@ def test_help_lists_every_setting_with_its_words(program):
     for one in dataclasses.fields(Settings):
         assert f" {flag_of(one.name)} " in shown
         assert about(one).help in shown
+
+
+def test_an_answer_does_not_wait_for_the_other_side_to_acknowledge_its_head():
+    # Together with delayed acknowledgements that would be 40 ms for each request.
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -22,6 +22,13 @@ def test_tasks_populations_and_jobs_are_kept_apart():
     assert history.newest(8, POPULATION, TASK) is None
 
 
+def test_nobody_but_its_owner_reads_a_file_with_tokens(tmp_path):
+    history = TaskHistory(tmp_path / "history.db")
+    history.save_token("https://learn.example", "owner", "token", 100.0)
+    assert {one.stat().st_mode & 0o777 for one in tmp_path.iterdir()} == {0o600}
+    history.close()
+
+
 def test_a_file_outlives_the_process(tmp_path):
     first = TaskHistory(tmp_path / "history.db")
     first.add(JOB, POPULATION, TASK, round_index=3, now=1.0)

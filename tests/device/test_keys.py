@@ -27,6 +27,8 @@ from fedcompute.errors import DeviceRunFailed, Reason
         ({"cache-control": "max-age=-5"}, DEFAULT_LIFETIME),
         ({"cache-control": "max-age=600", "age": "x"}, DEFAULT_LIFETIME),
         ({"cache-control": "no-cache"}, DEFAULT_LIFETIME),
+        ({"cache-control": "max-age=" + "9" * 5000}, DEFAULT_LIFETIME),
+        ({"cache-control": "max-age=600", "age": "9" * 5000}, DEFAULT_LIFETIME),
         ({}, DEFAULT_LIFETIME),
     ],
 )

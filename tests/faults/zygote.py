@@ -90,6 +90,7 @@ def caller():
 def watch(points):
     """Puts a point before and after every write of this process."""
     write, put, put_stream, delete = Database.write, BlobStore.put, BlobStore.put_stream, BlobStore.delete
+    delete_folder = BlobStore.delete_folder
 
     @contextlib.contextmanager
     def watched_write(self, *arguments, **options):
@@ -119,7 +120,14 @@ def watch(points):
         points.reached(f"{caller()} delete:after")
         return result
 
+    def watched_delete_folder(self, bucket, prefix, **options):
+        points.reached(f"{caller()} delete {bucket}:before")
+        result = delete_folder(self, bucket, prefix, **options)
+        points.reached(f"{caller()} delete {bucket}:after")
+        return result
+
     Database.write, BlobStore.put = watched_write, watched_put
+    BlobStore.delete_folder = watched_delete_folder
     BlobStore.put_stream, BlobStore.delete = watched_put_stream, watched_delete
 
 

@@ -11,6 +11,7 @@ from fedcompute.learning.process import (
     client_checkpoint,
     metrics_json,
     metrics_of_checkpoint,
+    read_metrics,
     read_state,
     round_update,
 )
@@ -200,6 +201,20 @@ def test_no_contribution_leaves_the_weights_and_reports_a_non_finite_update():
     np.testing.assert_array_equal(result.state[name], state[name])
     assert result.metrics["server/finalizer/update_non_finite"] == 1.0
     assert json.loads(metrics_json(result.metrics))["server/client_work/train/loss"] is None
+
+
+def test_a_metrics_file_is_json_whatever_a_metric_is_called_and_whatever_its_value():
+    names = ['say "loss"', "back\\slash", "line\nend", "umlaut ü", "}, {"]
+    values = dict(zip(names, [1.5, math.nan, math.inf, -math.inf, 0.0], strict=True))
+    written = metrics_json(values)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(written, parse_constant=refuse) == {
+        name: value if math.isfinite(value) else None for name, value in values.items()
+    }
+    assert read_metrics(written).keys() == values.keys()
 
 
 def test_the_round_checkpoint_carries_state_and_metrics_and_reads_back():

@@ -164,14 +164,17 @@ def test_a_task_whose_last_attempt_ended_while_its_server_was_killed_fails(run_s
     assert found["task"]["reason"] == "round_expired"
 
 
-def test_a_round_that_fails_in_every_attempt_fails_its_task_with_the_reason(run_server, hand_made):
-    executor = Faulty(update_job.update, times=99)
+@pytest.mark.parametrize("kind", ["aggregate", "update"])
+def test_a_round_that_fails_in_every_attempt_fails_its_task_with_the_reason(run_server, hand_made, kind):
+    executor = Faulty({"aggregate": aggregate_job.aggregate, "update": update_job.update}[kind], times=99)
     api = run_server(executor=executor, job_attempts=1, round_attempts=2).api
     process = hand_made.process_of()
     task_id = api.open_task("hopeless", process, goal=1, room=1)
     api.contribute("hopeless", body=body_of(api, hand_made, process, 1.0))
     found = api.wait_for("hopeless", task_id, "FAILED")
-    assert attempts_of(found) == [(1, 0, "APPLYING_FAILED"), (1, 1, "APPLYING_FAILED")]
+    failed = {"aggregate": "AGGREGATING_FAILED", "update": "APPLYING_FAILED"}[kind]
+    assert attempts_of(found) == [(1, 0, failed), (1, 1, failed)]
+    assert executor.runs == 2
     assert found["failure"] == {
         "code": "internal",
         "message": "the machine is on fire",

@@ -54,9 +54,50 @@ def test_a_password_is_never_shown_and_a_file_made_of_what_is_shown_is_whole():
     assert "database_url" not in tomllib.loads(render_toml(configuration))
 
 
+def test_of_programs_that_give_tokens_the_arguments_are_not_shown_and_of_services_no_login():
+    given = {
+        "FEDCOMPUTE_KEY_SERVICE_A": "https://user:hunter2@one.example/v1",
+        "FEDCOMPUTE_KEY_SERVICE_B": "https://two.example/v1",
+        "FEDCOMPUTE_KEY_SERVICE_PUBLIC_URL": "https://one.example/keys?key=hunter3",
+        "FEDCOMPUTE_KEY_SERVICE_TOKEN_A": "command:get-token --password hunter4",
+        "FEDCOMPUTE_KEY_SERVICE_TOKEN_B": "file:/run/token",
+        "FEDCOMPUTE_KEY_SERVICE_KMS_B": "aes:/run/key",
+    }
+    configuration = configure({}, given)
+    for text in (render_toml(configuration), render_json(configuration), repr(configuration.settings)):
+        assert "hunter" not in text
+    shown = render_toml(configuration)
+    for line in (
+        '# key_service_token_a = "command:get-token ***"',
+        'key_service_token_b = "file:/run/token"',
+        'key_service_kms_a = "plain"',
+        'key_service_kms_b = "aes:/run/key"',
+        'key_service_b = "https://two.example/v1"',
+    ):
+        assert f"\n{line}" in shown
+
+
 def test_a_url_without_secrets_is_shown():
     assert masked("database_url", "postgresql+psycopg://db/name") == "postgresql+psycopg://db/name"
     assert masked("database_url", "nonsense") == "***"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:hunt?er2@host/name",
+        "postgresql://user:hunt/er2@host/name",
+        "postgresql://user:er2@hunt@host/name",
+        "postgresql://user:hunt#er2@host/name",
+        "postgresql://user:hunt?a=b&er2@host/name?password=er2",
+        "postgresql://host/name?password=hunt@er2",
+        "postgresql://host:5432/name?password=hunt@er2",
+    ],
+)
+def test_a_password_with_any_character_in_it_is_never_shown(url):
+    shown = masked("database_url", url)
+    assert "hunt" not in shown
+    assert "er2" not in shown
 
 
 @pytest.mark.parametrize(

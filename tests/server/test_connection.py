@@ -1,5 +1,6 @@
 import contextlib
 import json
+import logging
 import socket
 import time
 from types import SimpleNamespace
@@ -258,3 +259,15 @@ def test_connections_that_say_nothing_make_room_for_those_that_do(monkeypatch, s
     finally:
         for one in (busy, *idle):
             one.close()
+
+
+def test_nonsense_fills_no_log(server, caplog):
+    time.sleep(1.1)
+    with caplog.at_level(logging.INFO, logger="fedcompute.server.connection"):
+        for _ in range(20):
+            talk(server, b"nonsense\r\n\r\n")
+            talk(
+                server, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+            )
+    lines = [record for record in caplog.records if record.name in ("fedcompute.server.connection", "uvicorn.error")]
+    assert 1 <= len(lines) < 15

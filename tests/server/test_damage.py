@@ -138,6 +138,10 @@ def test_a_damaged_partial_sum_is_added_up_again(round_of_three, hand_made, how)
     first, second = found["iterations"]
     assert (first["status"], first["assignments"]) == ("APPLYING_FAILED", {})
     assert (second["status"], second["assignments"]) == ("COMPLETED", {"UPLOAD_COMPLETED": 3})
+    # Sums of other groups of the same devices would tell them apart.
+    held = stored(server, "aggregated", "gradient")
+    assert len(held) == 2
+    assert not {path, other} & set(held)
     np.testing.assert_allclose(mean, np.full_like(mean, 7 / 3), atol=1e-5)
 
 

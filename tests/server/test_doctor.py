@@ -295,6 +295,16 @@ def test_secrets_that_lie_open_or_do_not_open_are_found(start, look):
     assert look(server).keys() == {"secrets_unsealed"}
 
 
+def test_a_data_directory_that_others_may_enter_is_found_and_closed_when_asked(start, look):
+    server = start()
+    server.settings.data_dir.chmod(0o755)
+    found = look(server)
+    assert found.keys() == {"data_readable"}
+    found["data_readable"].fix()
+    assert look(server) == {}
+    assert server.settings.data_dir.stat().st_mode & 0o777 == 0o750
+
+
 def test_a_key_that_runs_out_is_found_while_a_task_needs_it(start, hand_made, look):
     server = start()
     assert look(server, days=13.5) == {}

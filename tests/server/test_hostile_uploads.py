@@ -1,6 +1,7 @@
 """Uploads that mean harm: each costs its sender one contribution, and nobody else anything."""
 
 import base64
+import functools
 import gzip
 import json
 import re
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ MIB = 1 << 20
 _BOMB = 512 * MIB
 
 
+@functools.cache
 def zeros(size):
     """`size` zero bytes as gzip, about a thousandth of it."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
@@ -340,6 +343,27 @@ def test_an_upload_that_drips_is_ended_and_one_that_flows_slowly_is_taken(run_se
         assert "write" in type(error).__name__.lower() or "remote" in type(error).__name__.lower(), error
     assert time.monotonic() - started < 30
     assert api.upload(flowing, flow()).status_code == 200
+
+
+def test_one_session_cannot_take_the_places_of_many_nor_keep_one_for_ever(run_server, hand_made, reference):
+    running = run_server(max_uploads=8, upload_timeout=4.0)
+    api = running.api
+    api.open_task("greedy", hand_made.process_of(), goal=9)
+    greedy, other = (api.upload_instruction(api.assignment("greedy")) for _ in range(2))
+    wires = [socket.create_connection(("127.0.0.1", urlsplit(api.url).port), 60) for _ in range(9)]
+    try:
+        started = time.monotonic()
+        for wire in wires:
+            wire.sendall(head_of(greedy, 100_000) + b"some")
+        with ThreadPoolExecutor(len(wires)) as threads:
+            answers = threads.map(lambda wire: reference.read_answer(wire.makefile("rb")), wires)
+            assert api.upload(other, b"x").status_code == 200
+            found = sorted((status, json.loads(body)["code"]) for status, _, body in answers)
+        assert found == [(408, "request_too_slow")] * 6 + [(500, "server_busy")] * 3
+        assert 3 < time.monotonic() - started < 60
+    finally:
+        for wire in wires:
+            wire.close()
 
 
 def test_uploads_that_lie_about_their_length_store_nothing(run_server, hand_made):

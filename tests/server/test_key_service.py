@@ -311,6 +311,11 @@ def test_an_id_that_is_no_id_is_never_sent(coordinators, key_id):
     assert coordinators.asked == []
 
 
+def test_an_id_that_a_coordinator_takes_for_none_is_unknown_and_stops_no_round(coordinators):
+    coordinators.say(0, "made-up", 400, {"code": 3, "message": "no id of a key"})
+    assert client_of(coordinators).get("made-up") is None
+
+
 def test_a_short_outage_is_waited_out_and_a_long_one_is_typed(coordinators):
     key, pauses = coordinators.add(), []
     coordinators.broken = 2

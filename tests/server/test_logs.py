@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+from sqlalchemy import select
 
 from fedcompute.server.executors import ProcessExecutor
 from fedcompute.server.logs import JsonFormatter, Logs, TextFormatter, bound, configure_logging, facts
+from fedcompute.storage import schema
 
 SESSION = "0a1b2c3d-1111-2222-3333-444455556666"
 HOSTILE = [
@@ -97,7 +99,11 @@ def test_a_traceback_forges_no_line_and_holds_no_secret(write, formatter):
         ("https://blob/x?sv=1&sig=5ec2e7", "5ec2e7"),
         ("s3://bucket?aws_secret_access_key=5ec2e7&access_key_id=5ec2e7", "5ec2e7"),
         ("cannot connect to postgresql://user:5ec2e7@host/name", "5ec2e7"),
+        ("cannot connect to postgresql://user:p/5ec2e7@host/name", "5ec2e7"),
+        ("cannot connect to postgresql://user:p@5ec2e7@host/name", "5ec2e7"),
         ("connection failed: password=5ec2e7 host=x", "5ec2e7"),
+        ("Authorization: Bearer 5ec2e7.x/y", "5ec2e7"),
+        (f"GET /api/v1/api-keys/fc_0f0f0f0f0f0f_{'5ec2e7_' * 7}", "5ec2e7"),
     ],
 )
 def test_what_looks_like_a_secret_is_masked_whoever_logs_it(write, formatter, message, secret):
@@ -217,3 +223,12 @@ def test_worker_processes_log_in_the_same_form_with_the_facts_of_their_job(tmp_p
     assert (said["message"], said["population"], said["iteration"]) == ("two\nlines", "digits", "7")
     (failed,) = [line for line in lines if line["message"] == "a job failed"]
     assert "ValueError: no luck" in failed["traceback"]
+
+
+def test_a_correlation_id_is_kept_with_its_assignment_and_not_in_the_log_only(run_server, hand_made):
+    running = run_server()
+    running.api.open_task("kept", hand_made.process_of())
+    headers = {"odp-correlation-id": "from-the-device"}
+    running.api.wait(lambda: running.api.check_in("kept", headers=headers).status_code == 201)
+    with running.app.state.context.database.read() as tx:
+        assert tx.execute(select(schema.assignment.c.correlation_id)).scalars().all() == ["from-the-device"]

@@ -107,9 +107,21 @@ def test_too_many_check_ins_of_one_address_are_told_to_come_back_and_their_repet
     assert reason(api.check_in("rated")) == federatedcompute_pb2.RejectionReason.NO_TASK_AVAILABLE
 
 
-def test_an_owner_has_its_own_limit_across_addresses(run_server, hand_made):
-    api = run_server(check_ins_per_owner=0.1, trusted_proxies="127.0.0.1, ::1").api
-    api.open_task("owned", hand_made.process_of())
+@pytest.fixture
+def behind_proxy(run_server, hand_made):
+    """Servers behind a proxy on this machine, where operators need keys, with a task that was opened before."""
+
+    def start(population, **rates):
+        first = run_server()
+        first.api.open_task(population, hand_made.process_of())
+        first.stop()
+        return run_server(trusted_proxies="127.0.0.1, ::1", **rates).api
+
+    return start
+
+
+def test_an_owner_has_its_own_limit_across_addresses(behind_proxy):
+    api = behind_proxy("owned", check_ins_per_owner=0.1)
 
     def check_in(owner, address):
         key = f"1 - {uuid.uuid4()}"
@@ -121,9 +133,8 @@ def test_an_owner_has_its_own_limit_across_addresses(run_server, hand_made):
     assert check_in("app/two-AB", "203.0.113.2") == 201
 
 
-def test_addresses_behind_a_trusted_proxy_are_told_apart_and_others_are_not_believed(run_server, hand_made):
-    api = run_server(check_ins_per_address=0.1, trusted_proxies="127.0.0.1, ::1").api
-    api.open_task("proxied", hand_made.process_of())
+def test_addresses_behind_a_trusted_proxy_are_told_apart_and_others_are_not_believed(behind_proxy):
+    api = behind_proxy("proxied", check_ins_per_address=0.1)
     statuses = [
         api.check_in("proxied", headers={"odp-idempotency-key": f"1 - {uuid.uuid4()}", "x-forwarded-for": address})
         for address in ("203.0.113.1", "203.0.113.1", "203.0.113.2", "6.6.6.6, 203.0.113.2")

@@ -97,6 +97,25 @@ def test_a_store_is_not_written_to_by_every_probe(run_server, monkeypatch):
     assert written.count(health._PROBE) <= 2
 
 
+def test_strangers_hear_what_failed_and_not_where_it_lies(run_server, caplog):
+    running = run_server(host="0.0.0.0")
+    base = f"http://127.0.0.1:{running.settings.port}"
+    with running.app.state.context.database.write() as tx:
+        tx.exec_driver_sql("DROP TABLE alembic_version")
+        tx.exec_driver_sql("DROP TABLE encryption_key")
+        tx.exec_driver_sql("DROP TABLE api_key")
+    running.api.wait(lambda: httpx.get(f"{base}/ready", timeout=30).status_code == 503)
+    assert httpx.get(f"{base}/ready", timeout=30).json()["problems"] == {"database": "the server's log tells why"}
+    key = {"x-api-key": "fc_0f0f0f0f0f0f_" + "A" * 43}
+    for path, headers in (("/.well-known/odp/v1/public-keys", {}), ("/api/v1/tasks", key)):
+        answer = httpx.get(base + path, headers=headers, timeout=30)
+        assert answer.status_code >= 500
+        assert "table" not in answer.text
+        assert answer.headers["x-request-id"] in answer.text
+    assert "no such table: encryption_key" in caplog.text
+    assert "no such table: api_key" in caplog.text
+
+
 def test_a_server_with_a_damaged_database_is_alive_and_not_ready(run_server):
     running = run_server()
     url = running.api.url

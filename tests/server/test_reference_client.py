@@ -217,7 +217,6 @@ def test_three_attempts_that_arrive_together_are_one(run_server, make_phone, han
     if request_of == "check-in":
         phone.run("at-once")
     else:
-        assignment = phone.check_in
         phone.lose = lambda method, url, attempt: False
         assignment = phone.check_in("at-once")
         phone.sent.clear()
@@ -229,7 +228,7 @@ def test_three_attempts_that_arrive_together_are_one(run_server, make_phone, han
             phone._request("PUT", instruction.upload_location, dict(instruction.extra_request_headers), body)
     one = phone.sent[0]
     port = int(api.url.rpartition(":")[2])
-    with ThreadPoolExecutor(9) as threads:
+    with ThreadPoolExecutor(3) as threads:
         answers = list(
             threads.map(lambda _: reference.exchange("localhost", port, "http", one.head + one.body), range(9))
         )

@@ -1,9 +1,12 @@
 import gzip
 import json
+from datetime import timedelta
 
 import numpy as np
 
 from fedcompute.protos import learning_pb2
+from fedcompute.server.context import now
+from fedcompute.storage import schema
 
 TRAINABLE = "server/global_model_weights/trainable"
 
@@ -288,3 +291,28 @@ def test_assignments_time_out_and_free_their_places(run_server, hand_made):
     )
     assert found["assignments"] == {"LOCAL_TIMEOUT": 1, "UPLOAD_TIMEOUT": 1}
     api.assignment("slow")
+
+
+def test_an_upload_that_lies_in_the_store_counts_however_late_it_is_found(run_server, hand_made):
+    running = run_server()
+    api, process = running.api, hand_made.process_of()
+    task_id = api.open_task("found", process, goal=2, room=2)
+    body = api.seal(hand_made.update_of(process, small(hand_made)))
+    sessions = [api.assignment("found") for _ in range(2)]
+    for one in sessions:
+        assert api.report(one).status_code == 200
+    running.stop()
+    # Both reported an hour ago; one has uploaded, and nobody saw it.
+    with running.app.state.context.database.write() as tx:
+        hour_ago = now() - timedelta(hours=1)
+        assert tx.execute(schema.assignment.update().values(status_time=hour_ago)).rowcount == 2
+    folder = running.settings.data_dir / "blobs" / "gradient" / "found" / str(task_id) / "1" / "d"
+    path = folder / sessions[0].assignment_id / "gradient"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(body)
+
+    api = run_server().api
+    api.wait(lambda: "UPLOAD_TIMEOUT" in api.task("found", task_id)["assignments"])
+    api.contribute("found", body=body)
+    found = api.wait_for("found", task_id, "COMPLETED")
+    assert found["assignments"] == {"UPLOAD_COMPLETED": 2, "UPLOAD_TIMEOUT": 1}

@@ -12,6 +12,7 @@ from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.context import now
 from fedcompute.server.retention import Retention
 from fedcompute.server.settings import Settings
+from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 
 TRAINABLE = "server/global_model_weights/trainable"
 
@@ -65,6 +66,21 @@ def test_with_urls_of_the_store_devices_fetch_and_upload_there(start, hand_made,
     # Nobody tells the server; it finds the object.
     server.api.wait_for("direct", task_id, "COMPLETED")
     two_rounds(server, hand_made)
+
+
+def test_phones_train_with_urls_of_the_store(start, hand_made, reference):
+    server = start(blob_urls="store", upload_timeout=4.0)
+    process = hand_made.process_of()
+    task_id = server.api.open_task("phones", process, goal=2, rounds=2, room=2)
+
+    def compute(plan, checkpoint):
+        assert plan.tflite_graph
+        assert read_checkpoint(checkpoint)
+        return write_checkpoint(hand_made.update_of(process, [np.ones(leaf.shape) for leaf in hand_made.initial]))
+
+    for _ in range(4):
+        server.api.wait(lambda: reference.ReferenceClient(server.api.url, compute).run("phones").succeeded)
+    assert server.api.wait_for("phones", task_id, "COMPLETED")["rejections"] == {}
 
 
 def test_many_uploads_that_nobody_announced_are_found(start, hand_made):

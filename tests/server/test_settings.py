@@ -12,6 +12,16 @@ def test_defaults_need_a_directory_only_and_speak_of_localhost(tmp_path):
     assert settings.worker_count >= 1
 
 
+def test_another_database_changes_no_other_setting(tmp_path):
+    def told(settings):
+        names = [name for name in dir(settings) if not name.startswith("_")]
+        return {name: value for name in names if not callable(value := getattr(settings, name))}
+
+    usual = told(Settings(data_dir=tmp_path))
+    other = told(Settings(data_dir=tmp_path, database_url="postgresql://user@host/name"))
+    assert {name for name in usual if usual[name] != other[name]} == {"database_url", "database"}
+
+
 @pytest.mark.parametrize(
     "changes",
     [

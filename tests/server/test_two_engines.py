@@ -8,17 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.context import Uploads, now
 from fedcompute.server.rounds.aggregate import aggregate
+from fedcompute.server.rounds.attempts import batch_failed, update_failed
 from fedcompute.server.rounds.collect import collect, finish_aggregating, run_batches
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.update import update
+from fedcompute.storage import schema
 from fedcompute.storage.assignments import cancel_unused, count_assignments, unbatched
 from fedcompute.storage.batches import list_batches
 from fedcompute.storage.database import Database, lock_population
 from fedcompute.storage.iterations import get_iteration
 from fedcompute.storage.keys import IterationKey
-from fedcompute.storage.schema import AssignmentStatus, BatchStatus
+from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus
 from fedcompute.storage.tasks import cancel_task
 
 
@@ -117,3 +120,24 @@ def test_a_sum_that_is_ready_after_its_round_has_ended_is_not_recorded(start, ha
     with second.database.read() as tx:
         (batch,) = list_batches(tx, key)
     assert (batch.status, batch.accepted_size) == (BatchStatus.PUBLISH_COMPLETED, None)
+
+
+def test_a_failure_that_is_told_after_its_round_has_gone_on_changes_nothing(start, hand_made):
+    running, gate, second, _ = start(aggregate)
+    api, process = running.api, hand_made.process_of()
+    task_id = api.open_task("told", process, goal=1, room=1)
+    key = IterationKey("told", task_id, 1)
+    api.contribute("told", body=body_of(api, hand_made, process))
+    api.wait_for("told", task_id, "AGGREGATING", iteration=1)
+    aggregating = row_of(second, key)
+    with second.database.read() as tx:
+        (batch,) = list_batches(tx, key)
+    gate.opened.set()
+    before = api.wait_for("told", task_id, "COMPLETED")
+    error = OperationFailed(Reason.INTERNAL, "the machine is on fire")
+    assert not batch_failed(second, aggregating, batch, error)
+    assert not update_failed(second, replace(aggregating, status=IterationStatus.APPLYING), error)
+    assert api.task("told", task_id) == before
+    with second.database.read() as tx:
+        history = tx.execute(schema.iteration_status_history.select()).all()
+    assert [row.status for row in sorted(history, key=lambda row: row.status_id)] == [0, 1, 4, 50]

@@ -35,7 +35,7 @@ def test_a_key_is_known_by_its_text_and_by_nothing_that_is_stored(database, make
     assert verified(database, key) == stored
     with database.read() as tx:
         row = tx.execute(text("SELECT * FROM api_key")).one()
-    secret = key.rpartition("_")[2]
+    secret = key[-43:]
     assert not any(secret in str(value) for value in row)
     for guess in (f"fc_{stored.id}_{row.key_hash[:43]}", row.key_hash, f"fc_{stored.id}_{'A' * 43}", f"{key} ", ""):
         with pytest.raises(RequestRejected) as refused:

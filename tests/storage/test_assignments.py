@@ -23,6 +23,7 @@ from fedcompute.storage.assignments import (
     time_out_computing,
     time_out_uploading,
     unbatched,
+    uploading_among,
 )
 from fedcompute.storage.batches import create_batch
 from fedcompute.storage.check_ins import Assigned, Declined, DeclineKind, forget_idempotency
@@ -347,3 +348,18 @@ def test_rejections_are_counted_by_reason(database, collecting, uploaded, now):
             assert reject_contribution(tx, AssignmentKey(key, session_id), Reason.NOT_FINITE, now)
         assert count_rejections(tx, key.task) == {"not_finite": 2}
         assert count_rejections(tx, TaskKey("other", 1)) == {}
+
+
+def test_of_many_sessions_those_are_found_that_the_round_waits_for(database, collecting, check_in, now):
+    # Lesson D4: what a pass of the collector costs depends on what arrived, not on how many devices take part.
+    key, other = collecting(max_aggregation_size=5), collecting("letters")
+    waiting, computing = check_in(), check_in()
+    elsewhere = check_in("letters")
+    with database.write() as tx:
+        for one in (waiting, elsewhere):
+            assert report_completed(tx, one.assignment.key, now)
+    asked = {one.assignment.key.session_id for one in (waiting, computing, elsewhere)} | {"unknown"}
+    with database.read() as tx:
+        assert uploading_among(tx, key, asked) == [waiting.assignment.key.session_id]
+        assert uploading_among(tx, other, asked) == [elsewhere.assignment.key.session_id]
+        assert uploading_among(tx, key, []) == []

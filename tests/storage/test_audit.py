@@ -1,6 +1,7 @@
 from datetime import UTC, datetime, timedelta
 
-from fedcompute.storage.audit import Act, delete_acts, list_acts, record
+from fedcompute.storage.api_keys import Role, create_api_key
+from fedcompute.storage.audit import Act, forget_strangers, list_acts, record
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, 5, tzinfo=UTC)
 
@@ -31,6 +32,17 @@ def test_hostile_text_becomes_one_short_printable_line(database):
     assert (len(row.act.subject), len(row.act.actor), len(row.act.request_id)) == (256, 64, 64)
 
 
+def test_of_a_key_that_somebody_took_for_a_name_only_the_id_is_kept(database):
+    with database.write() as tx:
+        key, text = create_api_key(tx, Role.VIEWER, "label", NOW)
+        for subject in (text, f"digits/{text}", text[:-3], f"{text} {text}"):
+            record(tx, act(subject), NOW)
+    with database.read() as tx:
+        subjects = [row.act.subject for row in list_acts(tx)]
+    assert all(f"fc_{key.id}_***" in subject for subject in subjects)
+    assert not any(text[20:40] in subject for subject in subjects)
+
+
 def test_an_act_is_kept_only_with_the_change_that_it_tells_of(database):
     class Undone(Exception): ...
 
@@ -44,9 +56,13 @@ def test_an_act_is_kept_only_with_the_change_that_it_tells_of(database):
         assert list_acts(tx) == []
 
 
-def test_old_acts_can_be_forgotten(database):
+def test_only_refusals_of_strangers_are_ever_forgotten(database):
+    stranger = {"actor": "anonymous", "role": "none", "status": 401}
     with database.write() as tx:
-        record(tx, act("old"), NOW)
-        record(tx, act("new"), NOW + timedelta(days=1))
-        assert delete_acts(tx, NOW + timedelta(hours=1)) == 1
-        assert [row.act.subject for row in list_acts(tx)] == ["new"]
+        record(tx, act("done"), NOW)
+        record(tx, act("tried", status=403), NOW)
+        record(tx, act("named", actor="anonymous", role="viewer"), NOW)
+        record(tx, act("old", **stranger), NOW)
+        record(tx, act("new", **stranger), NOW + timedelta(hours=1))
+        assert forget_strangers(tx, NOW + timedelta(hours=1)) == 1
+        assert {row.act.subject for row in list_acts(tx)} == {"done", "tried", "named", "new"}

@@ -8,7 +8,9 @@ from sqlalchemy.exc import IntegrityError
 from fedcompute.errors import Reason
 from fedcompute.privacy.chain import GENESIS, Release, chained
 from fedcompute.storage import schema
+from fedcompute.storage.assignments import mark_uploaded, report_completed, uploading
 from fedcompute.storage.iterations import (
+    busy_iterations,
     close_and_open_next,
     create_iteration,
     get_iteration,
@@ -277,3 +279,31 @@ def test_tasks_behind_the_first_page_are_advanced_as_well(database, task_proto, 
             found += [one.key for one in page]
     assert found == sorted([*keys, overlapping.task])
     assert busy.task not in found
+
+
+def test_rounds_with_something_to_do_are_told_apart(database, collecting, check_in, uploaded, published, now):
+    idle, loose, in_job, arriving, closed = (collecting(name) for name in ("idle", "loose", "job", "coming", "closed"))
+    check_in("idle")
+    uploaded(loose, 1)
+    published(in_job, uploaded(in_job, 2))
+    published(closed, uploaded(closed, 2))
+    reported = check_in("coming").assignment
+    with database.write() as tx:
+        assert report_completed(tx, reported.key, now)
+        assert move_iteration(tx, closed, IterationStatus.COLLECTING, IterationStatus.AGGREGATING, now)
+        assert busy_iterations(tx) == {loose, in_job}
+        session = reported.key.session_id
+        assert busy_iterations(tx, [session, "unknown"]) == {loose, in_job, arriving}
+        assert uploading(tx) == {arriving: {session}}
+        assert mark_uploaded(tx, arriving, [session], now)
+        assert busy_iterations(tx) == busy_iterations(tx, [session]) == {loose, in_job, arriving}
+    assert idle not in {loose, in_job, arriving}
+
+
+def test_a_task_with_as_many_rounds_as_it_may_have_is_not_looked_at(database, collecting, now):
+    first = collecting(max_parallel=2)
+    with database.write() as tx:
+        assert [one.key for one in tasks_to_advance(tx)] == [first.task]
+        following = next_iteration(get_task(tx, first.task), get_iteration(tx, first), released=0)
+        assert create_iteration(tx, following, now)
+        assert tasks_to_advance(tx) == []

@@ -18,13 +18,21 @@ from fedcompute.privacy.participation import Participation
 from fedcompute.storage import schema
 from fedcompute.storage.budgets import budget_of, remove_budget, set_budget
 from fedcompute.storage.database import Database
-from fedcompute.storage.iterations import close_and_open_next, end_unreleased, get_iteration, move_iteration
-from fedcompute.storage.keys import IterationKey
+from fedcompute.storage.iterations import (
+    close_and_open_next,
+    end_unreleased,
+    get_iteration,
+    iterations_of,
+    move_iteration,
+)
+from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.releases import (
+    CompletedIteration,
     LedgerMoved,
     Standing,
     append_releases,
     charged_entries,
+    completed_iterations,
     count_entries,
     ledger_entries,
     standing_of,
@@ -268,4 +276,27 @@ def test_rounds_that_the_first_schema_had_no_entry_for_are_in_the_chain_as_unpro
     assert verify_chain(entries) == verify_events(entries) == verify_epsilons(entries) == []
     # A budget that is set later knows that nothing is left of it.
     assert spent_of(Budget(100.0, 1e-6), tasks_of(entries)) == float("inf")
+    database.close()
+
+
+def test_an_upgrade_renumbers_no_status_and_evaluations_still_see_old_rounds(old_database, now):
+    task, iteration = old_rows(TaskKind.TRAINING, 1, now)
+    place = {name: iteration[name] for name in ("population_name", "task_id", "iteration_id", "attempt_id")}
+    codes = [int(IterationStatus[name]) for name in ("COLLECTING", "AGGREGATING", "APPLYING", "COMPLETED")]
+    history = [
+        {**place, "status_id": number, "status": code, "created_time": now, "aggregation_level": 0}
+        for number, code in enumerate(codes, 1)
+    ]
+    engine = create_engine(old_database)
+    with engine.begin() as connection:
+        for name, rows in (("task", [task]), ("iteration", [iteration]), ("iteration_status_history", history)):
+            connection.execute(old_table(name, rows[0]).insert(), rows)
+    engine.dispose()
+    database = Database.open(old_database)
+    with database.read() as tx:
+        (row,) = iterations_of(tx, TaskKey("plain", 1))
+        assert row.status is IterationStatus.COMPLETED
+        kept = tx.execute(schema.iteration_status_history.select().order_by("status_id")).all()
+        assert [one.status for one in kept] == codes == [0, 1, 4, 50]
+        assert completed_iterations(tx, row.key.task, stored=True) == [CompletedIteration(1, now)]
     database.close()

@@ -155,6 +155,28 @@ def test_the_newest_checkpoints_and_the_one_that_the_next_round_starts_from_stay
     assert old(database, now) == [1, 3, 4]
 
 
+def test_a_round_that_a_later_attempt_released_holds_no_checkpoint_back(database, applying, finish, now):
+    key = finish(applying(total_iteration=9))
+    with database.write() as tx:
+        move_iteration(tx, key, IterationStatus.COLLECTING, IterationStatus.APPLYING, now)
+        again = open_attempt(
+            tx,
+            key,
+            old=IterationStatus.APPLYING,
+            ended=IterationStatus.APPLYING_FAILED,
+            into=IterationStatus.APPLYING,
+            reason=Reason.INTERNAL,
+            now=now,
+        )
+    clean(database, now, now)
+    assert old(database, now) == []
+    key = finish(again)
+    assert old(database, now) == [1]
+    finish(key)
+    clean(database, now, now)
+    assert old(database, now) == [1, 2]
+
+
 def test_a_checkpoint_that_an_evaluation_measures_stays_until_it_is_over(database, collecting, finish, evaluate, now):
     key = collecting(total_iteration=9)
     first = key

@@ -93,6 +93,8 @@ def restore(
         _tell(manifest, "is whole", as_json)
         return
     settings = settings_of(data_dir, database_url, blob_url)
+    if settings.database_url is None or settings.blob_url is None:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     file = sqlite_file(settings.database)
     with contextlib.ExitStack() as stack:
         if file is not None:
@@ -103,7 +105,7 @@ def restore(
     secret = folder / _SECRET
     restored = False
     if secret.exists() and settings.secret_file is None and not (settings.data_dir / _SECRET).exists():
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _copy_secret(secret, settings.data_dir / _SECRET)
         restored = True
     _tell(manifest, "is restored", as_json)

@@ -1,5 +1,6 @@
 """What a device remembers between runs: contributions, resumption and its tokens (spec/device.md 3.3, 4, 5.8)."""
 
+import os
 import sqlite3
 import threading
 from dataclasses import dataclass
@@ -46,10 +47,15 @@ class Participation:
 class TaskHistory:
     """Participation, resumption and authorization tokens, in one SQLite file or, without a path, in memory.
 
+    A file that is made here is for its owner only.
+
     Rows are kept apart by `job_id`, tokens by server and owner, so one history may serve many devices.
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        if path is not None:
+            # Tokens in it speak for the device. What the database writes beside its file has the file's mode.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._database = sqlite3.connect(path if path is not None else ":memory:", check_same_thread=False)
         self._lock = threading.Lock()
         with self._lock, self._database:

@@ -92,9 +92,14 @@ def lifetime(headers: Mapping[str, str]) -> int:
     for part in headers.get("cache-control", "").lower().split(","):
         name, _, value = part.strip().partition("=")
         if name == "max-age":
-            max_age = int(value) if value.isascii() and value.isdigit() else None
+            max_age = int(value) if _is_number(value) else None
     age = headers.get("age", "0").strip()
-    if max_age is None or not (age.isascii() and age.isdigit()):
+    if max_age is None or not _is_number(age):
         return DEFAULT_LIFETIME
     remaining = max_age - int(age)
     return remaining if remaining > 0 else DEFAULT_LIFETIME
+
+
+def _is_number(text: str) -> bool:
+    # A few digits are more seconds than anybody waits; thousands of them are an error of int().
+    return text.isascii() and text.isdigit() and len(text) <= 18

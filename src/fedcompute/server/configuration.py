@@ -122,15 +122,23 @@ def render_json(configuration: Configuration) -> str:
 
 
 def masked(name: str, value: Any) -> Any:
-    """The value, or what may be shown of it: of a URL its password and its query's values are left out."""
+    """The value, or what may be shown of it: neither passwords and query values of a URL nor arguments of a program."""
     if not about(_FIELDS[name]).secret or value is None or value == ():
         return value
     if isinstance(value, tuple):
         return tuple(masked(name, one) for one in value)
     text = str(value)
+    if re.fullmatch(r"plain|(file|aes):(?!//).*", text):
+        return text
+    if text.startswith("command:"):
+        program, *arguments = text.split(maxsplit=1)
+        return f"{program} ***" if arguments else program
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         return "***"
     scheme, _, rest = text.partition("://")
+    if re.search(r"[/?#@]", rest.rpartition("@")[0]):
+        # Where such a login ends, if it is one, depends on who reads it.
+        return f"{scheme}://***"
     place, question, query = rest.partition("?")
     user, at, host = place.rpartition("@")
     if at:

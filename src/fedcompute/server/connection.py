@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import logging
 import resource
+import time
 from typing import Any
 
 import h11
@@ -21,6 +23,27 @@ _HEAD_TOO_LARGE = 431
 MOST_CONNECTIONS = max(128, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 256)
 
 
+class _Seldom(logging.Filter):
+    """Lets one line a second through, and every error: whoever sends nonsense must not fill the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            return True
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 1.0
+        return True
+
+
+_LOG = logging.getLogger(__name__)
+_LOG.addFilter(_Seldom())
+
+
 class BoundedConnection(H11Protocol):
     """HTTP/1.1 for one client, cut off when nothing moves for `PATIENCE_S` or a head exceeds `HEAD_BYTES_LIMIT`.
 
@@ -36,6 +59,7 @@ class BoundedConnection(H11Protocol):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.conn = self._parser = _Parser()
+        self.logger = _LOG
         self._seen: tuple[object, int] = (None, 0)
         self._since = self._heard = self.loop.time()
         self._watch: asyncio.TimerHandle | None = None

@@ -119,7 +119,7 @@ class Context:
     key_list: PublicKeyList | None = None  # where an external key service holds the keys
     uploads: Uploads = field(default_factory=Uploads)
     accounts: Accounts = field(default_factory=Accounts)
-    prepared: dict[IterationKey, Preparation | None] = field(default_factory=dict)  # None: could not be worked out
+    prepared: dict[IterationKey, Preparation | None] = field(default_factory=dict)  # None: nothing is to be
     missing: set[tuple[TaskKey, int]] = field(default_factory=set)  # checkpoints that the store has lost
 
     def signed_url(

@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TextIO
 
+from fedcompute.storage.api_keys import without_keys
+
 Facts = Mapping[str, str]
 
 _FACTS: ContextVar[tuple[Callable[[], Facts], ...]] = ContextVar("facts", default=())
@@ -24,7 +26,9 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200b-\u200f\u202a-\u202e
 _SESSION = re.compile(r"(?<![0-9a-f])([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?![0-9a-f])", re.I)
 # Not anchored on the left, where a pattern that repeats would take a hostile line's length squared.
 _PARAMETER = re.compile(r"((?:signature|credential|token|secret|password|key|key[-_]?id|sig)=)[^&\s'\"]+", re.I)
-_LOGIN = re.compile(r"(\w://)[^/@\s]+@")
+_BEARER = re.compile(r"(\bbearer\s)\s*[A-Za-z0-9._~+/=-]+", re.I)
+# Up to the last @ of a word: a password may hold / and ?, and one that nobody escaped @ as well.
+_LOGIN = re.compile(r"(\w://)\S{1,1000}@")
 _PLAIN = re.compile(r"[\w./:@+-]+")
 _LONGEST_FACT = 200
 _LONGEST_MESSAGE = 4_000
@@ -83,7 +87,7 @@ def bound(facts: Facts | Callable[[], Facts]) -> Iterator[None]:
 
 def facts() -> dict[str, str]:
     """The facts of the moment; of two with one name the inner one."""
-    return {name: value for source in _FACTS.get() for name, value in source().items() if value}
+    return {name: without_keys(value) for source in _FACTS.get() for name, value in source().items() if value}
 
 
 def escaped(text: str) -> str:
@@ -92,8 +96,8 @@ def escaped(text: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text without session ids (eight characters stay), signatures, passwords and logins of URLs."""
-    text = _SESSION.sub(r"\1...", text)
+    """The text without session ids (eight characters stay), signatures, API keys, bearer tokens, passwords, logins."""
+    text = _BEARER.sub(r"\1***", without_keys(_SESSION.sub(r"\1...", text)))
     if "=" in text:
         text = _PARAMETER.sub(r"\1***", text)
     return _LOGIN.sub(r"\1***@", text) if "@" in text else text

@@ -56,7 +56,7 @@ class Removed:
         return any(getattr(self, one.name) for one in fields(self) if one.name != "finished")
 
 
-class Stopped(Exception):
+class _Stopped(Exception):
     """The look ends here; the next one goes on."""
 
 
@@ -85,6 +85,17 @@ class Retention:
         found.finished = not found
         return found
 
+    def is_due(self, at: datetime) -> bool:
+        """Whether a look would find anything to do."""
+        checkpoints_before = self._before(at, self.settings.keep_checkpoints_days)
+        with self.database.read() as tx:
+            return bool(
+                retention.settled_rounds(tx, self._updates_before(at), limit=1)
+                or retention.given_up_checkpoints(tx, limit=1)
+                or retention.old_checkpoints(tx, checkpoints_before, self.settings.keep_newest_checkpoints)
+                or retention.old_tasks(tx, self._before(at, self.settings.keep_assignments_days), limit=1)
+            )
+
     def look(self, at: datetime, proceed: Callable[[], bool] = lambda: True) -> Removed:
         """Removes what is due; asks `proceed` before every step and stops when it says no.
 
@@ -98,8 +109,8 @@ class Retention:
             for step in (self._clean_rounds, self._purge_checkpoints, self._forget_devices):
                 for _ in step(at, removed):
                     if not proceed():
-                        raise Stopped
-        except Stopped:
+                        raise _Stopped
+        except _Stopped:
             removed.finished = False
         return removed
 
@@ -228,7 +239,9 @@ class RetentionThread:
         return removed.finished
 
     def _look(self) -> Removed:
-        leases = Leases(self._work.database, max(60.0, self._work.settings.lease_lifetime))
+        if not self._work.is_due(now()):
+            return Removed()
+        leases = Leases(self._work.database, self._work.settings.lease_lifetime)
         if not leases.take(LEASE):
             return Removed()
         began = time.monotonic()

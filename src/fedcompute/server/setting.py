@@ -40,11 +40,11 @@ class About:
         if not isinstance(value, (int, float)):
             return None
         if self.above is not None and not value > self.above:
-            return f"must be greater than {self.above:g}"
+            return f"must be greater than {self.above:.10g}"
         if self.minimum is not None and not value >= self.minimum:
-            return f"must be {self.minimum:g} or more"
+            return f"must be {self.minimum:.10g} or more"
         if self.maximum is not None and not value <= self.maximum:
-            return f"must be {self.maximum:g} or less"
+            return f"must be {self.maximum:.10g} or less"
         return None
 
 

@@ -179,7 +179,7 @@ class Settings:
         False, "Take phones that did not start a verified, locked system; for tests.", AUTHENTICATION
     )
     attestation_service_url: str | None = setting(
-        None, "A service that verifies attestations instead of this server.", AUTHENTICATION
+        None, "A service that verifies attestations instead of this server.", AUTHENTICATION, secret=True
     )
     attestation_service_key_file: Path | None = setting(None, "File with the API key of that service.", AUTHENTICATION)
     retry_unauthorized: RetryWindow = setting(
@@ -210,21 +210,30 @@ class Settings:
         shown="on with an external key service",
     )
     key_service_a: str | None = setting(
-        None, "URL of the first coordinator of an external key service; it holds one share of every key.", KEYS
+        None,
+        "URL of the first coordinator of an external key service; it holds one share of every key.",
+        KEYS,
+        secret=True,
     )
-    key_service_b: str | None = setting(None, "URL of the second coordinator.", KEYS)
-    key_service_public_url: str | None = setting(None, "URL of the external key service's public keys.", KEYS)
+    key_service_b: str | None = setting(None, "URL of the second coordinator.", KEYS, secret=True)
+    key_service_public_url: str | None = setting(
+        None, "URL of the external key service's public keys.", KEYS, secret=True
+    )
     key_service_token_a: str | None = setting(
-        None, "Identity token for the first coordinator: file:PATH, or command:PROGRAM that prints one.", KEYS
+        None,
+        "Identity token for the first coordinator: file:PATH, or command:PROGRAM that prints one.",
+        KEYS,
+        secret=True,
     )
-    key_service_token_b: str | None = setting(None, "Identity token for the second coordinator.", KEYS)
+    key_service_token_b: str | None = setting(None, "Identity token for the second coordinator.", KEYS, secret=True)
     key_service_kms_a: str = setting(
         "plain",
         "What decrypts the first coordinator's shares: plain (they are not encrypted), aes:PATH of an AES key, or "
         "command:PROGRAM that asks a key management service.",
         KEYS,
+        secret=True,
     )
-    key_service_kms_b: str = setting("plain", "What decrypts the second coordinator's shares.", KEYS)
+    key_service_kms_b: str = setting("plain", "What decrypts the second coordinator's shares.", KEYS, secret=True)
 
     keep_updates_days: float = setting(
         1.0,

@@ -21,6 +21,8 @@ _TABLE = schema.api_key
 _ID_BYTES = 6
 _SECRET_BYTES = 32
 _TEXT = re.compile(rf"fc_(?P<id>[0-9a-f]{{{2 * _ID_BYTES}}})_[A-Za-z0-9_-]{{43}}")
+# Also cut short, or with something behind it.
+_SHOWN = re.compile(rf"(fc_[0-9a-f]{{{2 * _ID_BYTES}}}_)[A-Za-z0-9_-]+")
 _NOBODY = "0" * 64
 
 
@@ -123,6 +125,11 @@ def revoke_api_key(tx: Transaction, key_id: str, now: datetime) -> bool:
     """Ends a key at once and for good; False if there is none of that id or it was revoked already."""
     where = [_TABLE.c.id == key_id, _TABLE.c.revoked.is_(None)]
     return bool(tx.execute(update(_TABLE).where(*where).values(revoked=now)).rowcount)
+
+
+def without_keys(text: str) -> str:
+    """The text with every API key in it cut to its id: people paste whole keys where an id or a name is asked for."""
+    return _SHOWN.sub(r"\1***", text) if "fc_" in text else text
 
 
 def _digest(text: str) -> str:

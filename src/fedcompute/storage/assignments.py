@@ -224,6 +224,16 @@ def list_assignments(
     return _in_order(tx, where, limit)
 
 
+def uploading(tx: Transaction) -> dict[IterationKey, set[str]]:
+    """The sessions of every LOCAL_COMPLETED assignment, by iteration."""
+    table = schema.assignment
+    columns = [table.c[name] for name in schema.ASSIGNMENT_COLUMNS]
+    found: dict[IterationKey, set[str]] = {}
+    for *key, session_id in tx.execute(select(*columns).where(table.c.status == int(AssignmentStatus.LOCAL_COMPLETED))):
+        found.setdefault(IterationKey(*key), set()).add(session_id)
+    return found
+
+
 def unbatched(tx: Transaction, iteration: IterationKey, *, limit: int = LIST_LIMIT) -> list[AssignmentRow]:
     """Collected uploads that no batch holds yet, in assignment order, at most `limit`."""
     table = schema.assignment
@@ -233,6 +243,20 @@ def unbatched(tx: Transaction, iteration: IterationKey, *, limit: int = LIST_LIM
         table.c.batch_id.is_(None),
     ]
     return _in_order(tx, where, limit)
+
+
+def uploading_among(tx: Transaction, iteration: IterationKey, session_ids: Collection[str]) -> list[str]:
+    """Those of `session_ids` that are LOCAL_COMPLETED in the iteration, sorted."""
+    table = schema.assignment
+    found: list[str] = []
+    for chunk in chunks(sorted(session_ids)):
+        query = select(table.c.session_id).where(
+            schema.of_iteration(table, iteration),
+            table.c.session_id.in_(chunk),
+            table.c.status == int(AssignmentStatus.LOCAL_COMPLETED),
+        )
+        found += tx.execute(query).scalars()
+    return sorted(found)
 
 
 def assignments_of_batch(tx: Transaction, batch: BatchKey, *, limit: int = 100_000) -> list[AssignmentRow]:

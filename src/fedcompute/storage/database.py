@@ -229,7 +229,7 @@ def lock_population(tx: Transaction, population: str) -> None:
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file that an SQLite URL names, its folder made if missing; None for any other URL, also an unreadable one.
+    """The file that an SQLite URL names, its folder made if missing, for its owner only; None for any other URL.
 
     Raises OperationFailed(STORAGE_FAILED) if the folder cannot be made.
     """
@@ -237,7 +237,7 @@ def sqlite_file(url: str) -> Path | None:
     if path is None:
         return None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise OperationFailed(
             Reason.STORAGE_FAILED, f"the database's folder cannot be made: {error.strerror}"
@@ -260,7 +260,11 @@ def sqlite_path(url: str) -> Path | None:
 def _sqlite_engine(url: URL) -> Engine:
     if not url.database or url.database == ":memory:":
         raise OperationFailed(Reason.SETTINGS_INVALID, "the database URL names no file")
-    sqlite_file(url.render_as_string(hide_password=False))
+    file = sqlite_file(url.render_as_string(hide_password=False))
+    if file is not None and "uri" not in url.query:
+        # For its owner only, like what SQLite writes beside it; what is wrong with the place SQLite says better.
+        with suppress(OSError):
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     engine = create_engine(
         url, hide_parameters=True, pool_size=16, max_overflow=16, connect_args={"timeout": BUSY_TIMEOUT_S}
     )

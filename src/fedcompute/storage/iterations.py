@@ -6,17 +6,18 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, ParseDict
-from sqlalchemy import Row, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Row, Table, func, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from fedcompute.errors import Reason
 from fedcompute.privacy.chain import Release
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema, transitions
+from fedcompute.storage.assignments import chunks
 from fedcompute.storage.database import Transaction, lock_population
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.releases import LedgerMoved, Standing, append_releases, record_metrics, standing_of
-from fedcompute.storage.schema import IterationStatus, TaskStatus
+from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import TaskRow, complete_task, task_row
 
 LIST_LIMIT = 1000
@@ -165,20 +166,17 @@ def active_iterations(tx: Transaction, task: TaskKey) -> list[IterationRow]:
 def tasks_to_advance(tx: Transaction, *, after: TaskKey | None = None, limit: int = LIST_LIMIT) -> list[TaskRow]:
     """OPEN and PAUSED tasks without a round under way, or that may have several, by key, at most `limit`."""
     table, rounds = schema.task, schema.iteration
-    active = (
-        select(rounds.c.task_id)
-        .where(
-            rounds.c.population_name == table.c.population_name,
-            rounds.c.task_id == table.c.task_id,
-            rounds.c.status.in_([int(status) for status in schema.ACTIVE_ITERATION]),
-        )
-        .exists()
+    of_same_task = (
+        rounds.c.population_name == table.c.population_name,
+        rounds.c.task_id == table.c.task_id,
+        rounds.c.status.in_([int(status) for status in schema.ACTIVE_ITERATION]),
     )
+    under_way = select(func.count()).where(*of_same_task).scalar_subquery()
     query = (
         select(table)
         .where(
             table.c.status.in_([int(status) for status in schema.STARTED_TASK]),
-            or_(table.c.max_parallel > 1, ~active),
+            or_(~select(rounds.c.task_id).where(*of_same_task).exists(), under_way < table.c.max_parallel),
         )
         .order_by(table.c.population_name, table.c.task_id)
         .limit(limit)
@@ -215,6 +213,29 @@ def expired_iterations(
     if key is not None:
         query = query.where(schema.of_iteration(table, key))
     return [iteration_row(row) for row in tx.execute(query)]
+
+
+def busy_iterations(tx: Transaction, sessions: Collection[str] = ()) -> set[IterationKey]:
+    """Collecting rounds in which something can be done: with a batch in a job, or with uploads that no batch holds.
+
+    Uploads that are not collected yet are those of `sessions`.
+    """
+    table, batch, assignment = schema.iteration, schema.aggregation_batch, schema.assignment
+    keys = [table.c[name] for name in schema.ITERATION_COLUMNS]
+
+    def held_by(other: Table, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+        same = [other.c[name] == table.c[name] for name in schema.ITERATION_COLUMNS]
+        return select(other.c.status).where(*same, *conditions).exists()
+
+    collecting = select(*keys).where(table.c.status == int(IterationStatus.COLLECTING))
+    in_jobs = batch.c.status.in_([int(BatchStatus.FULL), int(BatchStatus.PUBLISH_COMPLETED)])
+    loose = [assignment.c.status == int(AssignmentStatus.UPLOAD_COMPLETED), assignment.c.batch_id.is_(None)]
+    arrived = select(*[assignment.c[name] for name in schema.ITERATION_COLUMNS]).where(
+        assignment.c.status == int(AssignmentStatus.LOCAL_COMPLETED)
+    )
+    queries = [collecting.where(or_(held_by(batch, in_jobs), held_by(assignment, *loose)))]
+    queries += [arrived.where(assignment.c.session_id.in_(chunk)).distinct() for chunk in chunks(sorted(sessions))]
+    return {IterationKey(*row) for query in queries for row in tx.execute(query)}
 
 
 def list_iterations(

@@ -18,7 +18,7 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
-from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Exists, and_, delete, exists, func, or_, select, update
 
 from fedcompute.protos import task_pb2
 from fedcompute.storage import schema
@@ -48,10 +48,7 @@ class Round:
 
 def settled_rounds(tx: Transaction, before: datetime, *, limit: int = LIST_LIMIT) -> list[Round]:
     """Rounds settled at or before `before` whose updates and sums are still there, oldest tasks first."""
-    other = _ITERATION.alias("other")
-    same_round = and_(*(other.c[name] == _ITERATION.c[name] for name in (*schema.TASK_COLUMNS, "iteration_id")))
-    active = exists().where(same_round, other.c.status.in_(_codes(ACTIVE_ITERATION)))
-    released = exists().where(same_round, other.c.status.in_(_codes(RELEASED_ITERATION)))
+    released = _some_attempt(RELEASED_ITERATION)
     over = and_(
         _TASK.c.status.not_in(_codes(ACTIVE_TASK)), func.coalesce(_TASK.c.stop_time, _TASK.c.status_time) <= before
     )
@@ -63,7 +60,7 @@ def settled_rounds(tx: Transaction, before: datetime, *, limit: int = LIST_LIMIT
             _ITERATION.c.cleaned_time.is_(None),
             _ITERATION.c.status_time <= before,
             or_(_ITERATION.c.status.in_(_codes(RELEASED_ITERATION)), over),
-            ~active,
+            ~_some_attempt(ACTIVE_ITERATION),
         )
         .order_by(*_names())
         .limit(limit)
@@ -188,23 +185,29 @@ def count_devices(tx: Transaction, task: TaskKey) -> int:
 def _needed_results(tx: Transaction) -> set[tuple[TaskKey, int]]:
     """What rounds that are not over, or may be tried again, start from or measure: training task and result id."""
     query = (
-        select(
-            _ITERATION.c.population_name, _ITERATION.c.task_id, _ITERATION.c.base_on_result_id, _ITERATION.c.info,
-            _TASK.c.kind,
-        )
+        select(*_names(), _ITERATION.c.base_on_result_id, _ITERATION.c.info, _TASK.c.kind)
         .join(_TASK, _of_same_task(_TASK))
-        .where(_TASK.c.status.in_(_codes(ACTIVE_TASK)), _ITERATION.c.status.not_in(_codes(RELEASED_ITERATION)))
-    )  # fmt: skip
+        .where(_TASK.c.status.in_(_codes(ACTIVE_TASK)), ~_some_attempt(RELEASED_ITERATION))
+    )
     needed = set()
     for row in tx.execute(query):
         if row.kind == TaskKind.TRAINING:
-            needed.add((TaskKey(row.population_name, row.task_id), row.base_on_result_id))
+            # What its devices start from, and what its update is added to: not the same where rounds overlap.
+            for result_id in (row.base_on_result_id, row.iteration_id - 1):
+                needed.add((TaskKey(row.population_name, row.task_id), result_id))
             continue
         info = ParseDict(row.info, task_pb2.IterationInfo())
         measured = info.task_info.evaluation_info
         training = TaskKey(measured.training_population_name or row.population_name, measured.training_task_id)
         needed.add((training, info.evaluation_training_iteration_id))
     return needed
+
+
+def _some_attempt(statuses: Collection[int]) -> Exists:
+    """Whether an attempt of the round, this one or another, has one of the statuses."""
+    other = _ITERATION.alias("other")
+    same_round = and_(*(other.c[name] == _ITERATION.c[name] for name in (*schema.TASK_COLUMNS, "iteration_id")))
+    return exists().where(same_round, other.c.status.in_(_codes(statuses)))
 
 
 def _names() -> list[ColumnElement[Any]]:

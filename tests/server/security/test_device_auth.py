@@ -627,3 +627,16 @@ def test_a_server_that_takes_every_device_says_so_where_strangers_can_reach_it(h
         settings = hand_made.settings_of(tmp_path, host=host)
         assert authentication.open_authentication(settings, None, None, b"") is None
         assert ("every device" in caplog.text) is said
+
+
+def test_the_same_idempotency_key_with_another_token_is_another_check_in(server, enrol, hand_made, devices):
+    running = server("enrolment")
+    open_task(running, hand_made)
+    found = []
+    for device in (enrol(running.api), enrol(running.api)):
+        device.take_part("digits")
+        named = {"odp-idempotency-key": "1 - same", "fcp-owner-id-digest": OWNER, **device.headers()}
+        answers = [running.api.check_in("digits", headers=named) for _ in range(2)]
+        found.append({devices.assignment_in(answer).assignment_id for answer in answers})
+    assert [len(one) for one in found] == [1, 1]
+    assert found[0] != found[1]

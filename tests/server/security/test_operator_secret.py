@@ -76,6 +76,17 @@ def test_a_first_start_makes_a_secret_for_its_owners_eyes_and_a_second_uses_it(r
     assert published(again) == keys
 
 
+@pytest.mark.parametrize("database", ["", "apart/rows.db"])
+def test_a_data_directory_that_a_server_makes_is_for_its_owner_only(run_server, tmp_path, database):
+    data = tmp_path / "made"
+    run_server(data_dir=data, **({"database_url": f"sqlite:///{tmp_path / database}"} if database else {}))
+    made = [data, (tmp_path / database).parent] if database else [data]
+    assert [stat.S_IMODE(one.stat().st_mode) for one in made] == [0o700] * len(made)
+    files = [one for folder in made for one in folder.iterdir() if one.is_file()]
+    assert len(files) >= 3
+    assert {stat.S_IMODE(one.stat().st_mode) for one in files} == {0o600}
+
+
 def test_a_copied_database_alone_reveals_no_private_key_and_no_secret(run_server):
     running = run_server()
     context = running.app.state.context

@@ -7,7 +7,7 @@ from starlette.requests import HTTPConnection
 
 from fedcompute.server.context import context_of, now
 from fedcompute.server.security.operators import Caller
-from fedcompute.storage.audit import Act, record
+from fedcompute.storage.audit import ANONYMOUS, NO_ROLE, Act, record
 from fedcompute.storage.database import Transaction
 
 
@@ -39,8 +39,8 @@ def act_of(request: HTTPConnection, status: int) -> Act:
     """The request as the audit log tells it; who was refused before a name was known is `anonymous`."""
     caller: Caller | None = getattr(request.state, "caller", None)
     return Act(
-        actor="anonymous" if caller is None else caller.actor,
-        role="none" if caller is None else caller.role.value,
+        actor=ANONYMOUS if caller is None else caller.actor,
+        role=NO_ROLE if caller is None else caller.role.value,
         action=request.state.action,
         subject=getattr(request.state, "subject", request.state.default_subject),
         status=status,

@@ -9,7 +9,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import TypeVar
 
@@ -22,6 +24,7 @@ from fedcompute.protos import federatedcompute_pb2, task_assignments_pb2
 from fedcompute.server.api.messages import ProtoResponse, error_response
 from fedcompute.server.context import context_of
 from fedcompute.server.rounds.assign import rejection
+from fedcompute.server.security.rates import ATTEMPTS
 from fedcompute.server.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ REPORT_S = 16.0
 UPLOAD_S = 16.0
 # How long a report or upload waits for its place before that.
 PLACE_S = 8.0
+# How often one object is uploaded at once, attempts whose device has gone included.
+SAME_UPLOADS = 2 * ATTEMPTS
 # How often a report looks whether the database is back.
 _RETRY_S = 0.5
 # What passes: the same work may succeed a little later.
@@ -56,6 +61,7 @@ class Admission:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._settings = settings
+        self._uploads: Counter[str] = Counter()
         self._rooms = {
             Call.CHECK_IN: _Room(settings.max_check_ins, patience=0.0),
             Call.REPORT: _Room(settings.max_reports, patience=PLACE_S),
@@ -90,8 +96,9 @@ class Admission:
 
         try:
             if call is Call.UPLOAD:
-                await enter()
-                await self._app(scope, receive, send_and_note)
+                with self._attempt(scope["path"]):
+                    await enter()
+                    await self._app(scope, receive, send_and_note)
                 return
             request = HTTPConnection(scope)
             if call is Call.CHECK_IN and not context_of(request).rates.may_check_in(request):
@@ -111,6 +118,19 @@ class Admission:
         finally:
             if entered:
                 room.leave()
+
+    @contextmanager
+    def _attempt(self, path: str) -> Iterator[None]:
+        # A device makes three attempts; many more at once would be one session in the places of many.
+        if self._uploads[path] >= SAME_UPLOADS:
+            raise _NoRoom(f"{SAME_UPLOADS} uploads of this object are under way")
+        self._uploads[path] += 1
+        try:
+            yield
+        finally:
+            self._uploads[path] -= 1
+            if not self._uploads[path]:
+                del self._uploads[path]
 
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         await turned_away(self._settings)(scope, receive, send)

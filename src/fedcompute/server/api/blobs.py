@@ -1,5 +1,6 @@
 """Objects behind signed URLs: plans and checkpoints down, updates and artifacts up (spec/server.md 2.5)."""
 
+import asyncio
 import time
 from functools import partial
 from urllib.parse import parse_qsl
@@ -50,7 +51,14 @@ async def put_blob(request: Request) -> Response:
         async for _ in chunks:
             pass
         return Response(status_code=200)
-    if await context.blobs.put_stream(bucket, path, chunks, limit) == 0:
+    # An update that comes later than that counts no more.
+    longest = settings.upload_timeout if bucket == GRADIENT else None
+    try:
+        async with asyncio.timeout(longest):
+            size = await context.blobs.put_stream(bucket, path, chunks, limit)
+    except TimeoutError:
+        raise RequestRejected(Reason.REQUEST_TOO_SLOW, f"the body did not come within {longest:g} s") from None
+    if size == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
     # Without an engine here nobody would take it out again; the one elsewhere looks into the store.
     if bucket == GRADIENT and context.settings.runs_engine:

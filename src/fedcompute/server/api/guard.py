@@ -9,10 +9,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedcompute.errors import FedComputeError, Reason, RequestRejected
 from fedcompute.server.api.acts import act_of
-from fedcompute.server.api.messages import error_response
+from fedcompute.server.api.messages import error_response, for_strangers
 from fedcompute.server.api.operations import Operation, operation_of
 from fedcompute.server.context import context_of, now
-from fedcompute.server.security.operators import Caller, identify
+from fedcompute.server.security.operators import Caller, identify, opens_without_key
 from fedcompute.storage.api_keys import Role
 from fedcompute.storage.audit import record
 
@@ -69,6 +69,10 @@ class Guard:
             await _admit(request, scope["method"], operation)
         except FedComputeError as error:
             kept = operation is not None and isinstance(error, RequestRejected) and self._refusals.take()
+            if error.status >= 500:
+                _LOG.error("%s", error)
+                if not opens_without_key(context_of(request).settings):
+                    error = for_strangers(error, request.state.request_id)
             answer = error_response(error)
             if error.reason in _CHALLENGES:
                 answer.headers["www-authenticate"] = _CHALLENGES[error.reason]

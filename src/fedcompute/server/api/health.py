@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedcompute.server.context import Context
+from fedcompute.server.context import Context, context_of
 from fedcompute.server.readiness import Part, Readiness
+from fedcompute.server.security.operators import opens_without_key
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.paths import MODEL
 
@@ -26,11 +27,14 @@ async def healthz(_: Request) -> Response:
 async def ready(request: Request) -> Response:
     """GET /ready: 200 if database, blob store and, where this server has it, the round engine work; else 503.
 
-    The answer names what does not work, comes within `readiness.PATIENCE_S` whatever hangs, and is at most a second
+    The answer names what does not work, where only this machine can ask also why, comes within `readiness.PATIENCE_S` whatever hangs, and is at most a second
     old. Storage that can be read and not written, as on a full disk, is noticed within `_WRITE_SECONDS`.
     """
     readiness: Readiness = request.app.state.readiness
     problems = await readiness.problems()
+    if problems and not opens_without_key(context_of(request).settings):
+        # The reasons hold names of hosts, users and paths.
+        problems = dict.fromkeys(problems, "the server's log tells why")
     if problems:
         return JSONResponse({"ready": False, "problems": problems}, status_code=503)
     return PlainTextResponse("fedcompute is ready\n")

@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError, Message
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fedcompute.errors import FedComputeError, Reason, RequestRejected
+from fedcompute.errors import FedComputeError, OperationFailed, Reason, RequestRejected
 from fedcompute.server.security.limits import read_body
 
 MEDIA_TYPE = "application/x-protobuf"
@@ -93,6 +93,13 @@ def asks_for_protobuf(request: Request) -> bool:
 
 def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def for_strangers(error: FedComputeError, request_id: str) -> FedComputeError:
+    """What a caller without a name hears of an error: of a failure inside neither hosts, users nor paths."""
+    if error.status < 500:
+        return error
+    return OperationFailed(error.reason, f"the server's log tells what failed; request id {request_id}")
 
 
 def error_response(error: FedComputeError) -> Response:

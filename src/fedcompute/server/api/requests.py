@@ -14,9 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason, RequestRejected
 from fedcompute.server.api.admission import is_passing, turned_away
-from fedcompute.server.api.messages import error_response
+from fedcompute.server.api.guard import is_open
+from fedcompute.server.api.messages import error_response, for_strangers
 from fedcompute.server.context import context_of
 from fedcompute.server.logs import bound, redacted
+from fedcompute.server.security.operators import opens_without_key
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
@@ -123,6 +125,8 @@ async def render_typed_error(request: Request, error: Exception) -> Response:
         return turned_away(context_of(request).settings)
     if error.status >= 500:
         _LOG.error("%s", error)
+        if is_open(request.scope["path"]) and not opens_without_key(context_of(request).settings):
+            error = for_strangers(error, request.state.request_id)
     return error_response(error)
 
 

@@ -103,8 +103,18 @@ def examine_disk(patient: Patient, limits: Limits) -> Iterator[Finding]:
 
 
 def examine_rights(patient: Patient) -> Iterator[Finding]:
-    """Secret files that others on this machine may read."""
+    """Secret files, and a data directory with devices' updates, that others on this machine may read."""
     settings = patient.settings
+    folder = settings.data_dir
+    if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & stat.S_IRWXO:
+        yield Finding(
+            "data_readable",
+            folder.name,
+            f"the data directory has mode {mode:03o}: others on this machine reach devices' updates and the database",
+            f"chmod o-rwx {folder.name}, or fedcompute doctor --fix",
+            {"mode": f"{mode:03o}"},
+            _closer(folder, mode & ~stat.S_IRWXO),
+        )
     wanted = {
         "the operator secret": settings.secret_file or settings.data_dir / FILE_NAME,
         "the key of the TLS certificate": settings.tls_key,
@@ -121,12 +131,12 @@ def examine_rights(patient: Patient) -> Iterator[Finding]:
                 f"{what} has mode {mode:03o}: others on this machine may read or change it",
                 f"chmod 600 {path.name}, or fedcompute doctor --fix; then replace it if others use this machine",
                 {"mode": f"{mode:03o}"},
-                _closer(path),
+                _closer(path, 0o600),
             )
 
 
-def _closer(path: Path) -> Callable[[], None]:
-    return lambda: path.chmod(0o600)
+def _closer(path: Path, mode: int) -> Callable[[], None]:
+    return lambda: path.chmod(mode)
 
 
 def _skew(seconds: float, what: str) -> Finding:

@@ -20,7 +20,7 @@ from fedcompute.learning.contribution import (
 from fedcompute.protos import learning_pb2
 from fedcompute.server.graph_plans import plan as graph_plan
 from fedcompute.server.graph_plans.form import GraphPlan
-from fedcompute.server.rounds.lookahead import look_ahead
+from fedcompute.server.rounds.pipeline import pipelined
 from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.security.key_service import KeyService, held_keys, key_client
 from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, open_blob_store
@@ -162,7 +162,7 @@ def _unpacked(blobs: BlobStore, job: AggregateJob, limit: int) -> Iterator[Tenso
         except UploadRejected as error:
             return error
 
-    return look_ahead(unpack, job.uploads, job.unpackers)
+    return pipelined(unpack, job.uploads, job.unpackers)
 
 
 def _open(stored: bytes, job: AggregateJob, limit: int) -> Tensors:

@@ -10,6 +10,7 @@ from fedcompute.storage.attempts import open_attempt
 from fedcompute.storage.batches import BatchRow, fail_batch, get_batch, list_batches
 from fedcompute.storage.database import lock_population
 from fedcompute.storage.iterations import IterationRow, expired_iterations, move_iteration
+from fedcompute.storage.paths import AGGREGATED, aggregate_path
 from fedcompute.storage.schema import BatchStatus, IterationStatus
 from fedcompute.storage.tasks import fail_task
 
@@ -93,4 +94,7 @@ def _again(
         _LOG.warning("round %s is tried again, attempt %d: %s", key, new.attempt_id + 1, error)
         if key in context.prepared:
             context.prepared[new] = context.prepared.pop(key)
+        for batch in damaged:
+            # Beside the sums of others that share most of its devices it would tell what the rest gave.
+            context.blobs.delete(AGGREGATED, aggregate_path(key.task, iteration.result_id, batch.key.batch_id))
     return moved

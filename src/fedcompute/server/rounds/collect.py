@@ -14,11 +14,12 @@ from fedcompute.server.rounds.jobs import Outcome
 from fedcompute.server.security.key_service import key_service_of
 from fedcompute.storage.assignments import (
     assignments_of_batch,
-    list_assignments,
     mark_uploaded,
     time_out_computing,
     time_out_uploading,
     unbatched,
+    uploading,
+    uploading_among,
 )
 from fedcompute.storage.batches import (
     BatchRow,
@@ -51,16 +52,18 @@ _FOLDER_LIMIT = 1_000_000
 def collect(context: Context, iteration: IterationRow) -> bool:
     """One look at a COLLECTING iteration; True if anything changed."""
     changed = run_batches(context, iteration)
-    arrived = context.uploads.among(_waiting(context, iteration))
-    with context.database.read() as tx:
-        if not arrived and not unbatched(tx, iteration.key, limit=1):
-            return changed
+    arrived = _seen(context, iteration)
     capped = _fixed_denominator(context, iteration)
+    with context.database.read() as tx:
+        if not arrived and not _groups(context, tx, iteration, capped):
+            return changed
     with context.database.write() as tx:
         if not _still(tx, iteration):
             return changed
         moved = mark_uploaded(tx, iteration.key, arrived, now()) if arrived else []
-        changed |= bool(moved) | _form_batches(context, tx, iteration, capped)
+        changed |= bool(moved)
+        for group in _groups(context, tx, iteration, capped):
+            changed |= create_batch(tx, iteration.key, group, now()) is not None
         for batch in list_batches(tx, iteration.key, statuses=[BatchStatus.FULL]):
             changed |= publish_batch(tx, batch.key, now())
         if sum_batches(tx, iteration.key).expected >= iteration.report_goal:
@@ -72,10 +75,14 @@ def collect(context: Context, iteration: IterationRow) -> bool:
 def finish_aggregating(context: Context, iteration: IterationRow) -> bool:
     """One look at an AGGREGATING iteration: when every batch has ended it goes on, or back to collecting."""
     changed = run_batches(context, iteration)
+    unfinished = [BatchStatus.FULL, BatchStatus.PUBLISH_COMPLETED]
+    with context.database.read() as tx:
+        if list_batches(tx, iteration.key, statuses=unfinished, limit=1):
+            return changed
     with context.database.write() as tx:
         if not _still(tx, iteration):
             return changed
-        if list_batches(tx, iteration.key, statuses=[BatchStatus.FULL, BatchStatus.PUBLISH_COMPLETED]):
+        if list_batches(tx, iteration.key, statuses=unfinished, limit=1):
             return changed
         enough = sum_batches(tx, iteration.key).accepted >= iteration.report_goal
         following = IterationStatus.APPLYING if enough else IterationStatus.COLLECTING
@@ -107,17 +114,18 @@ def time_out(context: Context) -> bool:
     nobody saw it arrive (a restart, another process).
     """
     settings = context.settings
-    waiting: set[str] = set()
     # Before the question who waits: an upload that arrives meanwhile must not count as forgotten.
     seen = context.uploads.all()
     with context.database.read() as tx:
         # An aggregating round may collect again.
-        unclosed = list_iterations(tx, statuses=[IterationStatus.COLLECTING, IterationStatus.AGGREGATING])
+        unclosed = list_iterations(
+            tx, statuses=[IterationStatus.COLLECTING, IterationStatus.AGGREGATING], limit=_ROUND_LIMIT
+        )
+        sessions = uploading(tx)
     for iteration in unclosed:
-        sessions = _waiting(context, iteration)
-        waiting.update(sessions)
-        for session_id in _arrived(context, iteration, set(sessions) - seen):
+        for session_id in _arrived(context, iteration, sessions.get(iteration.key, set()) - seen):
             context.uploads.add(session_id)
+    waiting = set().union(*(sessions.get(one.key, set()) for one in unclosed))
     context.uploads.discard(seen - waiting)
     stored = context.uploads.among(sorted(waiting))
     with context.database.write() as tx:
@@ -144,16 +152,23 @@ def _still(tx: Transaction, iteration: IterationRow) -> bool:
     return present is not None and present.status is iteration.status
 
 
-def _waiting(context: Context, iteration: IterationRow) -> list[str]:
+def _seen(context: Context, iteration: IterationRow) -> list[str]:
+    """The round's sessions whose upload was seen and is not collected yet.
+
+    Takes as long as there are such uploads, not as there are devices in the round.
+    """
+    seen = context.uploads.all()
+    if not seen:
+        return []
     with context.database.read() as tx:
-        rows = list_assignments(tx, iteration.key, statuses=[AssignmentStatus.LOCAL_COMPLETED], limit=_ROUND_LIMIT)
-    return [row.key.session_id for row in rows]
+        return uploading_among(tx, iteration.key, seen)
 
 
-def _form_batches(context: Context, tx: Transaction, iteration: IterationRow, capped: bool) -> bool:
+def _groups(context: Context, tx: Transaction, iteration: IterationRow, capped: bool) -> list[list[str]]:
+    """The batches that can be made now of collected uploads."""
     ready = [row.key.session_id for row in unbatched(tx, iteration.key, limit=_ROUND_LIMIT)]
     if not ready:
-        return False
+        return []
     sums = sum_batches(tx, iteration.key)
     committed = sums.full + sums.expected
     missing = max(0, iteration.report_goal - committed)
@@ -161,18 +176,18 @@ def _form_batches(context: Context, tx: Transaction, iteration: IterationRow, ca
         # The mean divides by the goal whatever arrives, so more than the goal would bias it; the rest stands by for
         # contributions that turn out bad.
         ready = ready[:missing]
-    created = False
+    groups = []
     while ready:
-        size = _batch_size(context.settings.collector_batch_size, missing)
+        size = batch_size(context.settings.collector_batch_size, missing)
         if len(ready) < size and len(ready) < missing:
             break
         group, ready = ready[:size], ready[size:]
         missing = max(0, missing - len(group))
-        created |= create_batch(tx, iteration.key, group, now()) is not None
-    return created
+        groups.append(group)
+    return groups
 
 
-def _batch_size(most: int, missing: int) -> int:
+def batch_size(most: int, missing: int) -> int:
     """How many uploads the next batch holds where `missing` are not in one yet.
 
     Towards the end of a round batches get smaller: what devices wait for after the last upload is the last batch. None

@@ -109,7 +109,10 @@ def look_ahead(context: Context, iteration: IterationRow) -> bool:
 
     Always False: what is learnt changes nothing until the round is applied.
     """
-    if iteration.key in context.prepared or not has_noise(context.plans.server_plan(iteration.key.task).process):
+    if iteration.key in context.prepared:
+        return False
+    if not has_noise(context.plans.server_plan(iteration.key.task).process):
+        context.prepared[iteration.key] = None
         return False
     with context.database.read() as tx:
         task = get_task(tx, iteration.key.task)

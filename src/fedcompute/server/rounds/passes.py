@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 
 from fedcompute.errors import FedComputeError
@@ -15,8 +16,9 @@ from fedcompute.server.rounds.release import apply
 from fedcompute.server.rounds.schedule import advance, open_if_complete
 from fedcompute.server.security.keys import delete_old_keys
 from fedcompute.server.security.tokens import TOKEN_MEMORY
+from fedcompute.storage.audit import forget_strangers
 from fedcompute.storage.check_ins import forget_idempotency
-from fedcompute.storage.iterations import IterationRow, list_iterations, tasks_to_advance
+from fedcompute.storage.iterations import IterationRow, busy_iterations, list_iterations, tasks_to_advance
 from fedcompute.storage.leases import forget_expired_leases
 from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import LIST_LIMIT, TaskRow, list_tasks
@@ -25,6 +27,7 @@ from fedcompute.storage.tokens import forget_tokens
 _LOG = logging.getLogger(__name__)
 _LONGEST_SWEEP = 5.0
 _CLEANING = 600.0
+_STRANGERS_KEPT = timedelta(days=30)
 _ROUND_LIMIT = 100_000
 
 _STEPS: dict[IterationStatus, Callable[[Context, IterationRow], bool]] = {
@@ -60,6 +63,7 @@ class Passes:
         with context.database.read() as tx:
             rounds = list_iterations(tx, statuses=ACTIVE_ITERATION, limit=_ROUND_LIMIT)
             waiting = {task.key for task in _all(partial(list_tasks, tx, statuses=[TaskStatus.PAUSED]))}
+            busy = busy_iterations(tx, context.uploads.all())
         context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *idle]})
         forget_preparations(context, {one.key for one in rounds})
         changed |= self._each(
@@ -67,7 +71,11 @@ class Passes:
             for one in rounds
             if one.status is IterationStatus.COLLECTING and one.key.task not in waiting
         )
-        changed |= self._each((str(one.key), partial(_STEPS[one.status], context, one)) for one in rounds)
+        changed |= self._each(
+            (str(one.key), partial(_STEPS[one.status], context, one))
+            for one in rounds
+            if one.status is not IterationStatus.COLLECTING or one.key in busy
+        )
         # Last: a round that has all it needs closes, also after a time in which no server ran.
         return changed | (sweeps and self._each([("expiry", partial(expire, context))]))
 
@@ -86,6 +94,7 @@ class Passes:
             forget_idempotency(tx, now())
             forget_tokens(tx, now() - TOKEN_MEMORY)
             forget_expired_leases(tx, now())
+            forget_strangers(tx, now() - _STRANGERS_KEPT)
         delete_old_keys(self._context.database, now())
         return False
 

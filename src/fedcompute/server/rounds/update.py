@@ -27,7 +27,7 @@ from fedcompute.privacy.chain import Release
 from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SilentNoise, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.graph_plans.form import GraphPlan
-from fedcompute.server.rounds.lookahead import look_ahead
+from fedcompute.server.rounds.pipeline import pipelined
 from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.rounds.spending import (
     Overspent,
@@ -266,7 +266,7 @@ def _total(blobs: BlobStore, digest: bytes, job: UpdateJob) -> PartialSum:
     keys = held_keys(job.private_keys, job.key_service)
     limit = job.max_checkpoint_bytes
     threads = _READERS if job.key_service is None else 1
-    total = reduce(merge, look_ahead(lambda path: _read_sum(blobs, path, digest, keys, limit), job.sum_paths, threads))
+    total = reduce(merge, pipelined(lambda path: _read_sum(blobs, path, digest, keys, limit), job.sum_paths, threads))
     if total.num_inputs != job.contributions:
         # Made anew by a worker that came too late and found other uploads than were recorded.
         raise ArtifactInvalid(

@@ -17,9 +17,12 @@ from fedcompute.server.security.attestation import DevicePolicy, attestation_nam
 from fedcompute.server.security.certificates import read_chain
 from fedcompute.server.security.challenges import LIFE_S
 from fedcompute.server.security.key_description import describe_key
+from fedcompute.server.security.key_fetch import read_body
 from fedcompute.server.security.rates import ATTEMPTS_SPAN_S
 
 _TIMEOUT_S = 3.0
+# Of a whole answer: a service that drips must not keep threads that nobody waits for.
+_LONGEST_S = 6.0
 _ANSWER_LIMIT = 1024 * 1024
 _CHALLENGE_LIMIT = 128
 _KEY_LIMIT = 4096
@@ -40,6 +43,7 @@ class AttestationService:
         headers = {
             "x-goog-api-key": api_key,
             "accept": "application/json",
+            "accept-encoding": "identity",
             "content-type": "application/json; utf-8",
         }
         self._client = httpx.Client(
@@ -119,14 +123,13 @@ class AttestationService:
             raise RequestRejected(Reason.ATTESTATION_PACKAGE, "the attested package is not on the list")
 
     def _post(self, call: str, body: dict[str, Any]) -> httpx.Response:
+        deadline = time.monotonic() + _LONGEST_S
         try:
             with self._client.stream("POST", f"{self._url}:{call}", content=json.dumps(body)) as answer:
-                data = bytearray()
-                for piece in answer.iter_bytes():
-                    data += piece
-                    if len(data) > _ANSWER_LIMIT:
-                        raise _unavailable(f"an answer of more than {_ANSWER_LIMIT} bytes")
-                return httpx.Response(answer.status_code, content=bytes(data))
+                data = read_body(answer, _ANSWER_LIMIT, deadline)
+                if data is None:
+                    raise _unavailable(f"an answer over {_ANSWER_LIMIT} bytes or {_LONGEST_S:.0f} s, or compressed")
+                return httpx.Response(answer.status_code, content=data)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _unavailable(type(error).__name__) from None
 

@@ -20,7 +20,10 @@ class Answer:
 
 def client(timeout: float) -> httpx.Client:
     """A client whose every step may take `timeout` seconds; follows no redirect, which could carry a token away."""
-    return httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)), follow_redirects=False)
+    # As it is: a few compressed bytes may be gigabytes, in memory before anybody counts them.
+    headers = {"accept-encoding": "identity"}
+    timeouts = httpx.Timeout(timeout, connect=min(timeout, 10.0))
+    return httpx.Client(headers=headers, timeout=timeouts, follow_redirects=False)
 
 
 def get(
@@ -33,10 +36,10 @@ def get(
     pauses: Sequence[float] = (),
     pause: Callable[[float], None] = time.sleep,
 ) -> Answer:
-    """One answer of at most `limit` bytes within `seconds`, tried again after each of `pauses` (seconds).
+    """One answer of at most `limit` bytes, its body within `seconds`, tried again after each of `pauses` (seconds).
 
     An answer of 500 or more counts as none until the last attempt. Raises OperationFailed(KEY_SERVICE_FAILED), whose
-    text holds neither URL nor headers.
+    text holds neither URL nor headers; also for a body that is compressed although nobody asked for it.
     """
     for wait in (*pauses, None):
         try:
@@ -54,10 +57,23 @@ def get(
 def _once(http: httpx.Client, url: str, headers: Mapping[str, str], limit: int, seconds: float) -> Answer:
     deadline = time.monotonic() + seconds
     with http.stream("GET", url, headers=dict(headers)) as answer:
-        body = bytearray()
-        for part in answer.iter_bytes(64 * 1024):
-            body += part
-            if len(body) > limit or time.monotonic() > deadline:
-                detail = f"an answer of a key service is over {limit} bytes or {seconds:.0f} s"
-                raise OperationFailed(Reason.KEY_SERVICE_FAILED, detail)
-        return Answer(answer.status_code, dict(answer.headers), bytes(body))
+        body = read_body(answer, limit, deadline)
+        if body is None:
+            detail = f"an answer of a key service is over {limit} bytes or {seconds:.0f} s, or compressed"
+            raise OperationFailed(Reason.KEY_SERVICE_FAILED, detail)
+        return Answer(answer.status_code, dict(answer.headers), body)
+
+
+def read_body(answer: httpx.Response, limit: int, deadline: float) -> bytes | None:
+    """The body of a streamed answer; None if it is over `limit` bytes, compressed, or not whole at `deadline`.
+
+    The clock (seconds, monotonic) is looked at after every piece, however small: a sender may drip.
+    """
+    if answer.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        return None
+    body = bytearray()
+    for part in answer.iter_raw():
+        body += part
+        if len(body) > limit or time.monotonic() > deadline:
+            return None
+    return bytes(body)

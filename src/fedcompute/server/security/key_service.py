@@ -28,7 +28,8 @@ from fedcompute.server.settings import Settings
 
 SPLIT_TYPE = "MULTI_PARTY_HYBRID_EVEN_KEYSPLIT"
 _SPLIT_NUMBER = 1
-_NOT_FOUND = 5  # of google.rpc.Code
+# Of google.rpc.Code: INVALID_ARGUMENT, as an id that a device made up may be, and NOT_FOUND.
+_NO_SUCH_KEY = (3, 5)
 _KEY_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _ANSWER_LIMIT = 256 * 1024
 _MOST_KEYS, _KEY_LIFE_S = 100, 7 * 86_400.0
@@ -195,7 +196,7 @@ class KeyClient(Mapping[str, bytes]):
         document = _json_object(answer.body)
         if answer.status != 200:
             # Only a coordinator says so; another server's 404 means that the URL is wrong.
-            if document is not None and document.get("code") == _NOT_FOUND:
+            if document is not None and document.get("code") in _NO_SUCH_KEY:
                 raise ArtifactInvalid(Reason.UNKNOWN_KEY, "a coordinator does not have it")
             raise OperationFailed(Reason.KEY_SERVICE_FAILED, f"a key coordinator answers {answer.status}")
         if document is None:

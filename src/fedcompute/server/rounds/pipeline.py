@@ -9,7 +9,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def look_ahead(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+def pipelined(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """`work` of each item, in order, done by so many threads while the caller uses the results before.
 
     Holds at most `threads` results that were not taken yet; with one thread none, and the caller's does the work.
