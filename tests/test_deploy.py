@@ -93,7 +93,9 @@ def test_the_image_has_the_program_its_settings_and_no_rights():
     assert "tensorflow" not in re.search(r"ARG EXTRAS=(\S+)", text)[1]
 
 
-@pytest.mark.parametrize(("file", "container", "pod"), list(pods()), ids=lambda one: one if isinstance(one, str) else "")
+@pytest.mark.parametrize(
+    ("file", "container", "pod"), list(pods()), ids=lambda one: one if isinstance(one, str) else ""
+)
 def test_a_pod_runs_a_role_that_exists_and_is_probed_where_the_server_answers(file, container, pod):
     command, *options = container["args"]
     assert command == "server"

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
-from fedcompute.builder.task_management import register_group
+from fedcompute.builder.task_management import link_warning, register_group
 from fedcompute.protos import task_builder_pb2, task_pb2
 
 
@@ -47,3 +47,14 @@ def test_requests_that_run_at_once_carry_each_the_key_of_its_own_caller_and_uplo
     assert [one.training_task.population_name for one in groups] == list(keys)
     assert {one for one in seen if one[0] != "upload"} == set(keys.items())
     assert [one for one in seen if one[0] == "upload"] == [("upload", None)] * 9
+
+
+def test_an_evaluation_that_reads_another_training_task_than_its_own_is_remarked_on():
+    training = task_pb2.Task(population_name="digits", task_id=7)
+    for source, remarked in ((1, True), (7, False)):
+        evaluation = task_pb2.Task(population_name="digits", task_id=8)
+        evaluation.info.evaluation_info.training_population_name = "digits"
+        evaluation.info.evaluation_info.training_task_id = source
+        warning = link_warning(task_builder_pb2.TaskGroup(training_task=training, eval_task=evaluation))
+        assert (warning is not None) is remarked
+        assert not remarked or {"1,", "7"} <= set(warning.split())

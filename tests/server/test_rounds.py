@@ -3,10 +3,16 @@ import json
 from datetime import timedelta
 
 import numpy as np
+import pytest
 
+from fedcompute.privacy.noise import SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import now
+from fedcompute.server.rounds.spending import Spending
+from fedcompute.server.rounds.update import UpdateJob, update
 from fedcompute.storage import schema
+from fedcompute.storage.keys import IterationKey
+from fedcompute.storage.releases import Standing
 
 TRAINABLE = "server/global_model_weights/trainable"
 
@@ -207,44 +213,66 @@ def test_an_evaluation_measures_a_released_checkpoint_and_changes_no_model(api, 
     assert found["ledger"] == []
 
 
-def test_a_repeated_update_job_keeps_the_first_noise(run_server, hand_made):
-    from fedcompute.server.rounds.spending import Spending
-    from fedcompute.server.rounds.update import UpdateJob, update
-    from fedcompute.storage.keys import IterationKey
-    from fedcompute.storage.releases import Standing
+def update_job(running, task_id):
+    """The job of the first round of the population `once`, of one device."""
+    root, aggregated = f"once/{task_id}", running.settings.data_dir / "blobs" / "aggregated"
+    return UpdateJob(
+        blob_url=running.settings.blobs,
+        plan_path=f"{root}/0/s/0/server_phase",
+        base_path=f"{root}/0/s/0/checkpoint",
+        sum_paths=tuple(str(path.relative_to(aggregated)) for path in aggregated.rglob("gradient")),
+        contributions=1,
+        checkpoint_path=f"{root}/1/s/0/checkpoint",
+        client_checkpoint_path=f"{root}/1/d/0/client_checkpoint",
+        metrics_path=f"{root}/1/s/0/metrics",
+        max_checkpoint_bytes=1 << 20,
+        key=IterationKey("once", task_id, 1),
+        report_goal=1,
+        is_last=True,
+        spending=Spending(Standing(0, None), {}),
+        noise_key=bytes(32),
+    )
 
+
+@pytest.fixture
+def released_once(run_server, hand_made):
+    """A server with a released round of one device: (server, task id, what lies in the round's folder)."""
     running = run_server()
     process = hand_made.process_of(dp(goal=1, noise=1.0))
     task_id = running.api.open_task("once", process, goal=1)
     running.api.contribute("once", hand_made.update_of(process, small(hand_made)))
     running.api.wait_for("once", task_id, "COMPLETED")
-    model = running.settings.data_dir / "blobs" / "model" / "once" / str(task_id)
-    sums = (running.settings.data_dir / "blobs" / "aggregated").rglob("gradient")
-    released = {path: path.read_bytes() for path in (model / "1").rglob("*") if path.is_file()}
+    folder = running.settings.data_dir / "blobs" / "model" / "once" / str(task_id) / "1"
+    return running, task_id, {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_repeated_update_job_keeps_the_first_noise(released_once):
+    running, task_id, released = released_once
     for path in released:
         if path.name != "checkpoint":
             path.unlink()
-
-    root = f"once/{task_id}"
-    update(
-        UpdateJob(
-            blob_url=running.settings.blobs,
-            plan_path=f"{root}/0/s/0/server_phase",
-            base_path=f"{root}/0/s/0/checkpoint",
-            sum_paths=tuple(str(path.relative_to(running.settings.data_dir / "blobs" / "aggregated")) for path in sums),
-            contributions=1,
-            checkpoint_path=f"{root}/1/s/0/checkpoint",
-            client_checkpoint_path=f"{root}/1/d/0/client_checkpoint",
-            metrics_path=f"{root}/1/s/0/metrics",
-            max_checkpoint_bytes=1 << 20,
-            key=IterationKey("once", task_id, 1),
-            report_goal=1,
-            is_last=True,
-            spending=Spending(Standing(0, None), {}),
-            noise_key=bytes(32),
-        )
-    )
+    update(update_job(running, task_id))
     assert {path: path.read_bytes() for path in released} == released
+
+
+def test_of_two_update_jobs_at_once_the_slower_keeps_what_the_other_released(released_once):
+    running, task_id, released = released_once
+    for path in released:
+        path.unlink()
+    job, first = update_job(running, task_id), {}
+
+    class Overtaken:
+        """Noise that takes so long to draw that another worker does the whole job meanwhile."""
+
+        def gaussian(self, deviation, count):
+            if not first:
+                first["result"] = update(job)
+                first["files"] = {path: path.read_bytes() for path in released}
+            return SystemNoise().gaussian(deviation, count)
+
+    result = update(job, Overtaken())
+    assert {path: path.read_bytes() for path in released} == first["files"]
+    assert result == first["result"]
 
 
 def test_a_plan_that_does_not_fit_its_checkpoint_fails_the_task_with_a_reason(api, hand_made):
@@ -261,6 +289,7 @@ def test_a_plan_that_does_not_fit_its_checkpoint_fails_the_task_with_a_reason(ap
         assert api.http.put(url, content=data).status_code == 200
     found = api.wait_for("misfit", task.task_id, "FAILED")
     assert found["failure"]["code"] == "state_mismatch"
+    assert (found["task"]["opened"], found["iterations"]) == (None, [])
 
 
 def test_an_update_that_cannot_be_applied_fails_the_task_with_a_reason(run_server, hand_made):

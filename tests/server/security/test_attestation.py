@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import dsa, ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
@@ -121,6 +121,21 @@ def test_of_several_descriptions_the_one_nearest_the_root_is_believed(maker, ref
     refuses(Reason.ATTESTATION_STALE, maker.attest(CHALLENGE, issuer=inner))
     inner = maker.intermediate(extension=devices.claims(CHALLENGE).extension())
     assert verify(maker.attest(b"whatever the leaf says", issuer=inner, boot_state=2))
+
+
+def test_all_keys_that_one_attested_key_vouches_for_are_one_attestation(maker, verify, devices):
+    # Keys made to attest others may be CAs; their holder has as many of those as it likes.
+    attesting = maker.intermediate(extension=devices.claims(CHALLENGE).extension())
+    others = [maker.attest(b"", issuer=attesting) for _ in range(2)]
+    plain = devices.chain_of(maker.certificate("Key", attesting))
+    assert len({verify(one) for one in [*others, plain]}) == 1
+
+
+@pytest.mark.parametrize(
+    "key", [ec.generate_private_key(ec.SECP192R1()), dsa.generate_private_key(1024)], ids=["curve", "kind"]
+)
+def test_an_issuer_with_a_weak_key_or_one_of_another_kind_is_refused(maker, refuses, key):
+    refuses(Reason.ATTESTATION_UNTRUSTED, maker.attest(CHALLENGE, issuer=maker.intermediate(key=key)))
 
 
 def test_a_chain_longer_than_an_issuer_allows_is_refused(maker, verify, refuses):

@@ -515,6 +515,14 @@ def test_challenges_beyond_the_rate_are_answered_with_a_window(server, enrol):
     assert decisions(running) == {"challenged": 3, "challenged too often": 1}
 
 
+def test_an_address_gets_no_more_challenges_by_naming_other_owners(server, enrol):
+    running = server("enrolment", challenges_per_address=0.1)
+    first, second = enrol(running.api), enrol(running.api, owner="org.other/org.other.Worker-00")
+    is_challenged(first.check_in("digits", attempts=3))
+    is_turned_away(second.check_in("digits", attempts=3), 200, Rejection.UNAUTHENTICATED)
+    assert decisions(running)["challenged too often"] == 1
+
+
 @KINDS
 def test_challenges_and_tokens_outlive_a_restart(device_of, server, hand_made, tmp_path, kind):
     data = tmp_path / "kept"

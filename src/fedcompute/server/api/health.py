@@ -27,8 +27,9 @@ async def healthz(_: Request) -> Response:
 async def ready(request: Request) -> Response:
     """GET /ready: 200 if database, blob store and, where this server has it, the round engine work; else 503.
 
-    The answer names what does not work, where only this machine can ask also why, comes within `readiness.PATIENCE_S` whatever hangs, and is at most a second
-    old. Storage that can be read and not written, as on a full disk, is noticed within `_WRITE_SECONDS`.
+    The answer names what does not work, and why where only this machine can ask. It comes within `readiness.PATIENCE_S`
+    whatever hangs, and is at most a second old. Storage that can be read and not written, as on a full disk, is noticed
+    within `_WRITE_SECONDS`.
     """
     readiness: Readiness = request.app.state.readiness
     problems = await readiness.problems()

@@ -55,7 +55,8 @@ def collect(context: Context, iteration: IterationRow) -> bool:
     arrived = _seen(context, iteration)
     capped = _fixed_denominator(context, iteration)
     with context.database.read() as tx:
-        if not arrived and not _groups(context, tx, iteration, capped):
+        closes = sum_batches(tx, iteration.key).expected >= iteration.report_goal
+        if not (arrived or closes or _groups(context, tx, iteration, capped)):
             return changed
     with context.database.write() as tx:
         if not _still(tx, iteration):

@@ -11,7 +11,13 @@ from cryptography import x509
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.server.security.certificates import MALFORMED, check_chain, read_chain
-from fedcompute.server.security.key_description import BootState, KeyDescription, SecurityLevel, describe_key
+from fedcompute.server.security.key_description import (
+    BootState,
+    KeyDescription,
+    SecurityLevel,
+    describe_key,
+    described_certificate,
+)
 from fedcompute.server.security.revocation import RevocationList
 
 _HARDWARE = (SecurityLevel.TRUSTED_ENVIRONMENT, SecurityLevel.STRONG_BOX)
@@ -76,15 +82,16 @@ class LocalVerifier:
         if not is_open(description.challenge):
             raise RequestRejected(Reason.ATTESTATION_STALE, "the attestation answers no open challenge")
         self.policy.check(description)
-        return attestation_name(certificates[0])
+        return attestation_name(certificates)
 
 
-def attestation_name(leaf: x509.Certificate) -> str:
-    """SHA-256, in hex, of what the leaf's issuer signed.
+def attestation_name(chain: Sequence[x509.Certificate]) -> str:
+    """SHA-256, in hex, of what the issuer of the described key signed; `chain`: leaf first.
 
-    Formal guarantees: two encodings of a signature give one name; two attestations give two, as each has its own key.
+    Formal guarantees: two encodings of a signature give one name, and so do all keys that one attested key vouches for;
+    two attestations give two, as each has its own key.
     """
-    return hashlib.sha256(leaf.tbs_certificate_bytes).hexdigest()
+    return hashlib.sha256(described_certificate(chain).tbs_certificate_bytes).hexdigest()
 
 
 def read_roots(path: Path) -> list[x509.Certificate]:

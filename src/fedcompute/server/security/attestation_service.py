@@ -100,7 +100,7 @@ class AttestationService:
             raise _unavailable(f"status {answer.status_code} for a record")
         self._check(_object(answer))
         self._policy.check(describe_key(certificates))
-        return attestation_name(certificates[0])
+        return attestation_name(certificates)
 
     def close(self) -> None:
         self._client.close()

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedcompute.errors import Reason, RequestRejected
@@ -18,6 +18,7 @@ CHAIN_LIMIT = 10
 CERTIFICATE_BYTES_LIMIT = 16 * 1024
 _HASHES = ("sha256", "sha384", "sha512")
 _RSA_BITS = 2048
+_CURVE_BITS = 256
 # A critical extension that nobody here reads could say that the certificate is not for this.
 _READ_HERE = (x509.oid.ExtensionOID.BASIC_CONSTRAINTS, x509.oid.ExtensionOID.KEY_USAGE)
 # What a certificate that is not as it should be makes the library raise.
@@ -50,11 +51,12 @@ def check_chain(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certific
 
     Formal guarantees: on return one of `roots` signed the last certificate or is it (same name and key); every
     certificate is signed by the one after it; every issuer is valid at `now`, is a CA that may sign certificates, and
-    its path length allows what stands below it; no signature uses a hash weaker than SHA-256 or an RSA key below
-    2048 bits; no critical extension was left unread. These are the checks of RFC 5280, section 6.1, that apply to
-    chains without policies and name constraints, which critical extensions would announce, with two differences: a
-    certificate that an issuer makes for its own name counts towards its path length like any other, and the dates of
-    the leaf, which the device writes by its own clock, say nothing; how fresh it is its challenge tells.
+    its path length allows what stands below it; no signature uses a hash weaker than SHA-256, an RSA key below 2048
+    bits, a curve below 256, or a key of another kind; no critical extension was left unread. These are the checks of
+    RFC 5280, section 6.1, that apply to chains without policies and name constraints, which critical extensions would
+    announce, with two differences: a certificate that an issuer makes for its own name counts towards its path length
+    like any other, and the dates of the leaf, which the device writes by its own clock, say nothing; how fresh it is
+    its challenge tells.
     """
     try:
         # The root as the operator has it: of a copy that the device sends nobody has checked the signature.
@@ -77,7 +79,10 @@ def _check_certificate(certificate: x509.Certificate, now: datetime, *, is_issue
         raise _untrusted("a certificate has a critical extension that is not known here")
     key, signed_with = certificate.public_key(), certificate.signature_hash_algorithm
     is_short = isinstance(key, rsa.RSAPublicKey) and key.key_size < _RSA_BITS
-    if is_short or signed_with is None or signed_with.name not in _HASHES:
+    is_weak = is_short or (isinstance(key, ec.EllipticCurvePublicKey) and key.key_size < _CURVE_BITS)
+    # Attested keys may be for anything; issuers sign.
+    is_other = is_issuer and not isinstance(key, (rsa.RSAPublicKey, ec.EllipticCurvePublicKey))
+    if is_weak or is_other or signed_with is None or signed_with.name not in _HASHES:
         raise _untrusted("a certificate uses weak cryptography")
     if not is_issuer:
         return

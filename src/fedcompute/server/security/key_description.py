@@ -88,9 +88,21 @@ class _Application:
 def describe_key(chain: Sequence[x509.Certificate]) -> KeyDescription:
     """What the chain (leaf first) says of the attested key; raises RequestRejected(ATTESTATION_MALFORMED).
 
-    Formal guarantees: of several certificates with the extension the one nearest the root is read. An attested key can
+    Formal guarantees: it is what `described_certificate` of the chain says.
+    """
+    return _described(chain)[1]
+
+
+def described_certificate(chain: Sequence[x509.Certificate]) -> x509.Certificate:
+    """The certificate of the chain (leaf first) that describes its key; raises RequestRejected(ATTESTATION_MALFORMED).
+
+    Formal guarantees: of several certificates with the extension it is the one nearest the root. An attested key can
     sign certificates of its holder's making, all of which stand further from the root.
     """
+    return _described(chain)[0]
+
+
+def _described(chain: Sequence[x509.Certificate]) -> tuple[x509.Certificate, KeyDescription]:
     for certificate in reversed(chain):
         try:
             extensions = certificate.extensions
@@ -99,7 +111,7 @@ def describe_key(chain: Sequence[x509.Certificate]) -> KeyDescription:
         for extension in extensions:
             if extension.oid == ATTESTATION_OID and isinstance(extension.value, x509.UnrecognizedExtension):
                 try:
-                    return _read(extension.value.value)
+                    return certificate, _read(extension.value.value)
                 except (ValueError, TypeError, OverflowError):
                     raise _malformed("its description of the key cannot be read") from None
     raise _malformed("no certificate describes the key")
