@@ -165,7 +165,7 @@ def _open_database(settings: Settings) -> tuple[Claim | None, Database]:
         # Updates of single devices lie here, and un-noised sums.
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        detail = f"the data directory cannot be made: {error.strerror}"
+        detail = f"the data directory cannot be made: {error.strerror} ({settings.data_dir})"
         raise OperationFailed(Reason.SETTINGS_INVALID, detail) from error
     file = sqlite_file(settings.database)
     claim = Claim(file.with_name(file.name + ".lock")) if file is not None else None

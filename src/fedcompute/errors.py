@@ -124,7 +124,9 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.BAD_SIGNATURE: Entry(403, "use the signed URL exactly as it was handed out, headers included"),
     Reason.URL_EXPIRED: Entry(403, "ask the server for a fresh URL"),
     Reason.NOT_FOUND: Entry(404, "check the names and ids in the URL"),
-    Reason.API_KEY_MISSING: Entry(401, "send Authorization: Bearer with a key made by `fedcompute api-key create`"),
+    Reason.API_KEY_MISSING: Entry(
+        401, "make one with `fedcompute api-key create`; send it as Authorization: Bearer, commands with --api-key-file"
+    ),
     Reason.API_KEY_INVALID: Entry(401, "use a live key of this server; `fedcompute api-key list` shows them"),
     Reason.ROLE_INSUFFICIENT: Entry(403, "use a key with the role that the message names"),
     Reason.FOREIGN_ORIGIN: Entry(403, "send the request from a program, or with an API key"),

@@ -51,3 +51,8 @@ def test_what_cannot_be_plotted_is_explained(fedcompute, metrics_tree):
         result = fedcompute("metrics", *arguments)
         assert result.exit_code == 1
         assert words in result.stderr.replace("\n", " ")
+
+
+def test_the_server_of_the_environment_is_asked(fedcompute, monkeypatch):
+    monkeypatch.setenv("FEDCOMPUTE_SERVER", "http://localhost:1")
+    assert "http://localhost:1" in fedcompute("metrics", "table", "--population", "digits").output

@@ -148,3 +148,29 @@ def test_over_http_a_failed_task_and_a_server_that_is_not_ready_are_found(data, 
     while not (found := codes()).keys() & {"server_not_ready"} and time.monotonic() < deadline:
         time.sleep(0.2)
     assert found["server_not_ready"]["what"].startswith("blobs: ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("api-key", "list"),
+        ("api-key", "revoke", "0f1e2d3c4b5a"),
+        ("audit", "log"),
+        ("enrolment", "list"),
+        ("enrolment", "revoke", "0f1e2d3c4b5a6978"),
+        ("secret", "check"),
+        ("secret", "rotate"),
+    ],
+)
+def test_a_wrong_data_directory_gets_no_database_of_its_own(fedcompute, tmp_path, command):
+    result = fedcompute(*command, "--data-dir", tmp_path / "wrong")
+    assert result.exit_code == 1
+    assert "there is no database fedcompute.db in 'wrong'" in result.output
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_damaged_database_file_is_not_blamed_on_space_or_rights(fedcompute, tmp_path):
+    (tmp_path / "fedcompute.db").write_bytes(b"no database " * 1000)
+    result = fedcompute("api-key", "list", "--data-dir", tmp_path)
+    assert result.exit_code == 1
+    assert "restore a backup" in result.output

@@ -54,6 +54,7 @@ def test_people_are_told_address_keys_data_and_how_to_stop(start, tmp_path):
         (["--database-url", "nonsense"], "database URL"),
         (["--database-url", "sqlite:////proc/none.db"], "database"),
         (["--blob-url", "ftp://nowhere"], "blob store"),
+        (["--blob-url", "http://nowhere.invalid/blobs"], "blob store"),
         (["--host", "192.0.2.1"], "cannot listen"),
     ],
 )

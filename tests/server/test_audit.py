@@ -102,8 +102,14 @@ def test_strangers_cannot_fill_the_log(run_server):
     with httpx.Client() as client:
         for _ in range(130):
             assert client.post(f"{running.api.url}/api/v1/tasks/p/1/cancel").status_code == 401
+    viewer, shown = make_key(running, "viewer")
+    tried = httpx.delete(f"{running.api.url}/api/v1/populations/p/budget", headers={"x-api-key": shown})
+    assert tried.status_code == 403
     response = httpx.get(f"{running.api.url}/api/v1/audit?limit=1000", headers={"x-api-key": key})
-    assert 60 <= len(response.json()["acts"]) <= 120
+    newest, *acts = response.json()["acts"]
+    assert 60 <= len(acts) <= 120
+    # What the holder of a key tries is not lost among them.
+    assert (newest["actor"], newest["action"]) == (f"{viewer.id} (viewer's key)", "budget.remove")
 
 
 def test_the_log_is_read_page_by_page_and_by_operators_alone(run_server):

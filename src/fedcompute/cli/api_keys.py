@@ -32,7 +32,7 @@ def create(
     now = datetime.now(UTC)
     # Before the key is made: one that nobody can read again is of no use.
     target = None if out is None else _private_file(out)
-    with local_database(data_dir, database_url) as database, database.write() as tx:
+    with local_database(data_dir, database_url, make=True) as database, database.write() as tx:
         expires = None if days is None else now + timedelta(days=days)
         key, text = create_api_key(tx, role, label, now, expires=expires)
         record_at_prompt(tx, "api_key.create", f"{key.id} ({key.label}) {role.value}")

@@ -100,4 +100,4 @@ def _show(found: "list[Finding]", fixed: "list[Finding]") -> None:
     if not found:
         typer.echo("nothing is stuck or inconsistent")
     else:
-        typer.echo(f"{len(found)} findings, {len(fixed)} fixed")
+        typer.echo(f"{len(found)} finding{'s' if len(found) > 1 else ''}, {len(fixed)} fixed")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedcompute.cli import options
 from fedcompute.cli.progress import DeviceLine
 
 fleet = typer.Typer(no_args_is_help=True, help="Run many simulated devices against a server.")
@@ -20,7 +21,7 @@ def _group() -> None:
 @fleet.command(epilog="Example: fedcompute fleet run --server http://localhost:8080 --population digits --devices 40")
 def run(
     population: Annotated[str, typer.Option(help="Population that the devices belong to.")],
-    server: Annotated[str, typer.Option(help="Base URL of the server.")] = "http://localhost:8080",
+    server: options.Server = options.DEFAULT_SERVER,
     devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 40,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes that the devices share.")] = 2,
     data: Annotated[

@@ -23,7 +23,7 @@ def list_(
         return
     for key in keys:
         state = "published" if key["published"] else "withdrawn"
-        typer.echo(f"{key['id']}  {state}  made {key['created'][:19]}  opens uploads until {key['expires'][:19]}")
+        typer.echo(f"{key['id']}  {state}  made {key['created'][:19]}Z  opens uploads until {key['expires'][:19]}Z")
     if not keys:
         typer.echo("no encryption keys; devices get those of an external key service")
 

@@ -30,21 +30,37 @@ DatabaseUrl = Annotated[
 
 
 @contextmanager
-def local_database(data_dir: Path | None, database_url: str | None) -> Iterator["Database"]:
+def local_database(data_dir: Path | None, database_url: str | None, *, make: bool = False) -> Iterator["Database"]:
     """The database of a server on this machine, found as the server finds it; it may run meanwhile.
 
-    Made if missing, so that what a server's first start needs can be made before. Raises OperationFailed as
-    `configure` and `Database.open` do.
+    With `make` a missing one is made, so that what a server's first start needs can be made before. Raises
+    OperationFailed: STORAGE_FAILED if there is none, else as `configure` and `Database.open` do.
     """
     from fedcompute.server.configuration import configure
     from fedcompute.storage.database import Database
 
     flags = {name: str(value) for name, value in (("data_dir", data_dir), ("database_url", database_url)) if value}
-    database = Database.open(configure(flags, os.environ).settings.database)
+    url = configure(flags, os.environ).settings.database
+    if not make:
+        require_database(url)
+    database = Database.open(url)
     try:
         yield database
     finally:
         database.close()
+
+
+def require_database(url: str) -> None:
+    """Raises OperationFailed(STORAGE_FAILED) if `url` names an SQLite file that is not there: a wrong directory."""
+    from fedcompute.errors import OperationFailed, Reason
+    from fedcompute.storage.database import sqlite_path
+
+    file = sqlite_path(url)
+    if file is not None and not file.exists():
+        raise OperationFailed(
+            Reason.STORAGE_FAILED, f"there is no database {file.name} in {file.parent.name!r}",
+            remedy="name the server's own with --data-dir or --database-url",
+        )  # fmt: skip
 
 
 def record_at_prompt(tx: "Transaction", action: str, subject: str) -> None:

@@ -1,6 +1,7 @@
 """`fedcompute metrics`: what each round measured, as pictures and as numbers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ _Storage = Annotated[
         "--storage",
         "--gcs-bucket-name",
         help="Server URL, data directory, bucket URL (gs://, s3://, az://) or the name of a Google Cloud bucket.",
-        show_default=options.DEFAULT_SERVER,
+        show_default=f"the variable FEDCOMPUTE_SERVER, or {options.DEFAULT_SERVER}",
     ),
 ]
 _Root = Annotated[str | None, typer.Argument(metavar="[STORAGE]", help="The same as --storage.")]
@@ -108,7 +109,7 @@ def _source(root: str | None, storage: str | None) -> str:
         raise OperationFailed(
             Reason.SETTINGS_INVALID, "the storage is given twice, differently", remedy="leave out one of the two"
         )
-    return root or storage or options.DEFAULT_SERVER
+    return root or storage or os.environ.get("FEDCOMPUTE_SERVER") or options.DEFAULT_SERVER
 
 
 def _parse_run(text: str) -> tuple[str, str, int]:

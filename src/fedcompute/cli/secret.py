@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedcompute.cli import options
-from fedcompute.cli.local_database import DatabaseUrl, DataDir
+from fedcompute.cli.local_database import DatabaseUrl, DataDir, require_database
 
 if TYPE_CHECKING:
     from fedcompute.server.settings import Settings
@@ -74,4 +74,7 @@ def _settings(data_dir: Path | None, database_url: str | None, secret_file: Path
     from fedcompute.server.configuration import configure
 
     given = {"data_dir": data_dir, "database_url": database_url, "secret_file": secret_file}
-    return configure({name: str(value) for name, value in given.items() if value is not None}, os.environ).settings
+    settings = configure({name: str(value) for name, value in given.items() if value is not None}, os.environ).settings
+    # Else a wrong directory would get a database and a secret of its own.
+    require_database(settings.database)
+    return settings

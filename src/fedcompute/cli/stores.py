@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedcompute.cli.local_database import require_database
+
 if TYPE_CHECKING:
     from fedcompute.server.settings import Settings
     from fedcompute.storage.blobs import BlobStore
@@ -47,14 +49,10 @@ def open_stores(settings: "Settings", *, make: bool = False) -> Iterator[Stores]
     """
     from fedcompute.errors import OperationFailed, Reason
     from fedcompute.storage.blobs import local_folder, open_blob_store
-    from fedcompute.storage.database import Database, sqlite_path
+    from fedcompute.storage.database import Database
 
-    file = sqlite_path(settings.database)
-    if file is not None and not file.exists() and not make:
-        raise OperationFailed(
-            Reason.STORAGE_FAILED, f"there is no database {file.name} in {file.parent.name!r}",
-            remedy="name the server's own with --data-dir or --database-url",
-        )  # fmt: skip
+    if not make:
+        require_database(settings.database)
     folder = local_folder(settings.blobs)
     if folder is not None and not folder.is_dir() and not make:
         raise OperationFailed(

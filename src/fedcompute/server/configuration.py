@@ -203,8 +203,9 @@ def _from_file(path: Path) -> dict[str, tuple[Any, str]]:
             data = opened.read(_FILE_LIMIT + 1)
     except OSError as error:
         raise OperationFailed(
-            Reason.SETTINGS_INVALID, f"the settings file {path} cannot be read: {error.strerror}"
-        ) from None
+            Reason.SETTINGS_INVALID, f"the settings file {path} cannot be read: {error.strerror}",
+            remedy="name it with --config or FEDCOMPUTE_CONFIG; neither is needed",
+        ) from None  # fmt: skip
     if len(data) > _FILE_LIMIT:
         raise OperationFailed(Reason.SETTINGS_INVALID, f"the settings file {path} is larger than {_FILE_LIMIT} bytes")
     try:

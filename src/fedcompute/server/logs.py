@@ -62,8 +62,8 @@ def configure_logging(logs: Logs) -> None:
     root.addHandler(handler)
     root.setLevel(logs.level.upper())
     logging.captureWarnings(True)
-    # It logs whole URLs, which hold keys and signatures.
-    for name in ("httpx", "httpcore"):
+    # HTTP clients log whole URLs, which hold keys and signatures; alembic every plugin of its own at each start.
+    for name in ("httpx", "httpcore", "alembic.runtime.plugins"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

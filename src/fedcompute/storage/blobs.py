@@ -19,12 +19,12 @@ from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import AzureStore, LocalStore, ObjectStore, from_url
+from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store, from_url
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, GCSStore, RetryConfig, S3Store
+    from obstore.store import ClientConfig, RetryConfig
 
     _Signer = S3Store | GCSStore | AzureStore
 
@@ -74,11 +74,17 @@ def open_blob_store(url: str) -> "BlobStore":
             return BlobStore(LocalStore.from_url(url, mkdir=True))
         # What is set here would hide the variables.
         allow_http = any(os.environ.get(name, "").lower() in ("true", "1", "yes") for name in _ALLOW_HTTP)
-        return BlobStore(from_url(url, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRY))
+        store = from_url(url, client_options={**_CLIENT, "allow_http": allow_http}, retry_config=_RETRY)
     except (BaseError, ValueError, OSError) as error:
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"the blob store cannot be opened: {type(error).__name__}"
         ) from None
+    # The library also reads plain HTTP, which neither writes nor lists as a store must, and memory.
+    if not isinstance(store, S3Store | GCSStore | AzureStore):
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID, "the blob store's URL names none of s3://, gs://, az://, file:// or a directory"
+        )
+    return BlobStore(store)
 
 
 def local_folder(url: str) -> Path | None:

@@ -179,7 +179,12 @@ class Database:
         words = " ".join(str(error.orig).split())
         for secret in _secrets(self._engine.url):
             words = words.replace(secret, "***")
-        return OperationFailed(Reason.STORAGE_FAILED, f"the database refused: {words}")
+        # Of SQLite, which has codes for it; no space or connection helps.
+        damaged = getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_NOTADB", "SQLITE_CORRUPT")
+        return OperationFailed(
+            Reason.STORAGE_FAILED, f"the database refused: {words}",
+            remedy="the file is damaged: keep it, and restore a backup elsewhere" if damaged else None,
+        )  # fmt: skip
 
     def _require_head(self) -> None:
         with self.read() as tx:

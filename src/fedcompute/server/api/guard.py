@@ -40,7 +40,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._refusals = _Allowance(_REFUSALS_PER_MINUTE)
+        # Apart, so that strangers cannot keep out of the log what the holder of a key tries.
+        self._of_strangers = _Allowance(_REFUSALS_PER_MINUTE)
+        self._of_holders = _Allowance(_REFUSALS_PER_MINUTE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(scope["path"]):
@@ -68,7 +70,8 @@ class Guard:
         try:
             await _admit(request, scope["method"], operation)
         except FedComputeError as error:
-            kept = operation is not None and isinstance(error, RequestRejected) and self._refusals.take()
+            refusals = self._of_holders if hasattr(request.state, "caller") else self._of_strangers
+            kept = operation is not None and isinstance(error, RequestRejected) and refusals.take()
             if error.status >= 500:
                 _LOG.error("%s", error)
                 if not opens_without_key(context_of(request).settings):
