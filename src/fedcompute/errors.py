@@ -131,7 +131,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.ROLE_INSUFFICIENT: Entry(403, "use a key with the role that the message names"),
     Reason.FOREIGN_ORIGIN: Entry(403, "send the request from a program, or with an API key"),
     Reason.ATTESTATION_MALFORMED: Entry(403, "send the certificate chain of an attested key, leaf first"),
-    Reason.ATTESTATION_UNTRUSTED: Entry(403, "add the root of this kind of device to attestation_roots, if you trust it"),
+    Reason.ATTESTATION_UNTRUSTED: Entry(403, "if you trust such devices, add their root to attestation_roots"),
     Reason.ATTESTATION_REVOKED: Entry(403, "nothing; the maker of the device withdrew its keys"),
     Reason.ATTESTATION_STALE: Entry(403, "the device answers a fresh challenge"),
     Reason.ATTESTATION_DEVICE: Entry(403, "use a device with a locked boot loader, or allow_rooted_devices for tests"),

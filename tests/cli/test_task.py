@@ -212,4 +212,6 @@ def test_a_canceled_task_stays_canceled_and_ends_a_watch_with_code_1(opened, fed
     assert watched.exit_code == 1
     assert json.loads(watched.stdout)["status"] == "CANCELED"
     assert "task_ended" in watched.stderr
-    assert fedcompute("task", "watch", *TASK, "--server", server.url).exit_code == 1
+    people = fedcompute("task", "watch", *TASK, "--server", server.url)
+    assert people.exit_code == 1
+    assert people.stdout.endswith("\n")

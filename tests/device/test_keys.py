@@ -8,9 +8,9 @@ import pytest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fedcompute.crypto.keys import PublicKey, generate_key_pair, public_keys_json
+from fedcompute.crypto.keys import DEFAULT_LIFETIME, PublicKey, generate_key_pair, key_lifetime, public_keys_json
 from fedcompute.device.http import Retries, Transport
-from fedcompute.device.keys import DEFAULT_LIFETIME, EncryptionKeys, default_url, lifetime
+from fedcompute.device.keys import EncryptionKeys, default_url
 from fedcompute.errors import DeviceRunFailed, Reason
 
 
@@ -33,7 +33,7 @@ from fedcompute.errors import DeviceRunFailed, Reason
     ],
 )
 def test_keys_live_for_max_age_minus_age_or_14_days(headers, seconds):
-    assert lifetime(headers) == seconds
+    assert key_lifetime(headers) == seconds
 
 
 class Service:

@@ -70,3 +70,5 @@ def run(
     typer.echo(f"{progress.contributions} contributions in {time.monotonic() - start:.0f} s; runs by how they ended:")
     for outcome, count in progress.outcomes.most_common():
         typer.echo(f"  {outcome:24} {count}")
+    if log.exists() and log.stat().st_size:
+        typer.echo(f"what devices complained about: {log}")

@@ -212,11 +212,17 @@ def _watch(api: OperatorApi, population: str, task_id: int, interval: float) -> 
     from fedcompute.cli.task_view import task_view
 
     view = api.task(population, task_id)
-    with Live(task_view(view), console=Console(), refresh_per_second=4) as live:
-        while view["task"]["status"] not in _OVER:
-            time.sleep(interval)
-            view = _patiently(api, population, task_id)
-            live.update(task_view(view))
+    console = Console()
+    try:
+        with Live(task_view(view), console=console, refresh_per_second=4) as live:
+            while view["task"]["status"] not in _OVER:
+                time.sleep(interval)
+                view = _patiently(api, population, task_id)
+                live.update(task_view(view))
+    finally:
+        # In a file the library leaves the last line without its end.
+        if not console.is_terminal:
+            console.line()
     return view
 
 

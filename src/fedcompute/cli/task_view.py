@@ -66,14 +66,14 @@ def progress_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     for one in found["rounds"]:
         rate = one["contributions_per_minute"]
-        pace = "" if rate is None else f", {rate:.3g} a minute"
+        pace = "" if rate is None else f", {_pace(rate)} a minute"
         lines.append(
             f"round {one['iteration_id']}: {_words(one['status'])} for {_duration(one['seconds_in_status'])}, "
             f"{one['contributions']} of {one['report_goal']} contributions{pace}"
         )
     if found["rounds_per_hour"] is not None:
         left = "" if found["seconds_left"] is None else f"; about {_duration(found['seconds_left'])} left"
-        lines.append(f"{found['rounds_per_hour']:.3g} rounds an hour{left}")
+        lines.append(f"{_pace(found['rounds_per_hour'])} rounds an hour{left}")
     return lines
 
 
@@ -144,6 +144,10 @@ def _status(status: str, reason: str | None = None) -> Text:
 
 def _words(status: str) -> str:
     return status.lower().replace("_", " ")
+
+
+def _pace(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ import base64
 import binascii
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -14,6 +14,7 @@ from fedcompute.crypto.hpke import KEY_BYTES
 from fedcompute.errors import ArtifactInvalid, Reason
 
 KEY_LIST_BYTES_LIMIT = 1 << 20
+DEFAULT_LIFETIME = 1_209_600  # seconds, 14 days
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,27 @@ def parse_public_keys(data: bytes) -> list[PublicKey]:
         if len(key.key) != KEY_BYTES:
             raise ArtifactInvalid(Reason.KEY_MALFORMED, f"key {key.id!r} has {len(key.key)} bytes, not {KEY_BYTES}")
     return keys
+
+
+def key_lifetime(headers: Mapping[str, str]) -> int:
+    """Seconds that keys may be kept: the last `max-age` of Cache-Control minus Age; 14 days if that is not positive.
+
+    `headers`: names in lower case. Source: spec/device.md 2.2.
+
+    **Formal guarantees**: none; whoever published the keys decides how long devices use them.
+    """
+    max_age: int | None = None
+    for part in headers.get("cache-control", "").lower().split(","):
+        name, _, value = part.strip().partition("=")
+        if name == "max-age":
+            max_age = int(value) if _is_number(value) else None
+    age = headers.get("age", "0").strip()
+    if max_age is None or not _is_number(age):
+        return DEFAULT_LIFETIME
+    remaining = max_age - int(age)
+    return remaining if remaining > 0 else DEFAULT_LIFETIME
+
+
+def _is_number(text: str) -> bool:
+    # A few digits are more seconds than anybody waits; thousands of them are an error of int().
+    return text.isascii() and text.isdigit() and len(text) <= 18

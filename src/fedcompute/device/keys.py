@@ -3,15 +3,14 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedcompute.crypto.keys import KEY_LIST_BYTES_LIMIT, PublicKey, parse_public_keys
+from fedcompute.crypto.keys import KEY_LIST_BYTES_LIMIT, PublicKey, key_lifetime, parse_public_keys
 from fedcompute.device.http import Transport, join_url
 from fedcompute.errors import ArtifactInvalid, DeviceRunFailed, Reason
 
 DEFAULT_PATH = ".well-known/odp/v1/public-keys"
-DEFAULT_LIFETIME = 1_209_600  # seconds, 14 days
 _CHOICE = 5
 
 
@@ -73,7 +72,7 @@ class EncryptionKeys:
         except (ArtifactInvalid, DeviceRunFailed) as cause:
             raise DeviceRunFailed(Reason.NO_ENCRYPTION_KEY, cause.detail) from cause
         now = self._clock()
-        expires = now + lifetime(response.headers)
+        expires = now + key_lifetime(response.headers)
         self._kept = {key_id: kept for key_id, kept in self._kept.items() if kept.expires > now}
         self._kept.update({key.id: _Kept(key, expires) for key in keys})
 
@@ -81,25 +80,3 @@ class EncryptionKeys:
 def default_url(server: str) -> str:
     """The key service that a server brings along."""
     return join_url(server, DEFAULT_PATH)
-
-
-def lifetime(headers: Mapping[str, str]) -> int:
-    """Seconds that keys may be kept: the last `max-age` of Cache-Control minus Age; 14 days if that is not positive.
-
-    `headers`: names in lower case.
-    """
-    max_age: int | None = None
-    for part in headers.get("cache-control", "").lower().split(","):
-        name, _, value = part.strip().partition("=")
-        if name == "max-age":
-            max_age = int(value) if _is_number(value) else None
-    age = headers.get("age", "0").strip()
-    if max_age is None or not _is_number(age):
-        return DEFAULT_LIFETIME
-    remaining = max_age - int(age)
-    return remaining if remaining > 0 else DEFAULT_LIFETIME
-
-
-def _is_number(text: str) -> bool:
-    # A few digits are more seconds than anybody waits; thousands of them are an error of int().
-    return text.isascii() and text.isdigit() and len(text) <= 18

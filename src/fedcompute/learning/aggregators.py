@@ -53,8 +53,8 @@ class Aggregator:
     `told`: client leaf below `client` -> state leaf, or a function giving a constant; `layout`: update parts in the
     order of the file; `clip_leaf`: the client leaf that holds the L2 bound of deltas; `fixed_denominator`: whether
     the mean divides by the report goal whatever arrives; `stats`: keys of the metrics it adds, below `server`;
-    `restart`: leaves of a noise state that begins anew, for mechanisms whose noise outlives a round; `overlaps`: whether
-    rounds may overlap, since nothing that one leaves behind decides how the next is clipped or noised.
+    `restart`: leaves of a noise state that begins anew, for mechanisms whose noise outlives a round; `overlaps`:
+    whether rounds may overlap, since nothing that one leaves behind decides how the next is clipped or noised.
     """
 
     layout: Layout

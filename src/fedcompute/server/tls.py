@@ -99,7 +99,8 @@ def _context(certificate: Path, key: Path) -> ssl.SSLContext:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise OperationFailed(Reason.TLS_INVALID, f"the key {key} does not belong to {certificate}") from None
+        why = f": {error.reason}" if error.reason else ""
         raise OperationFailed(
-            Reason.TLS_INVALID, f"{certificate} and {key} are no PEM certificate and key: {error.reason}"
+            Reason.TLS_INVALID, f"{certificate} and {key} are no PEM certificate and key{why}"
         ) from None
     return context

@@ -8,9 +8,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from fedcompute.crypto.keys import parse_public_keys
+from fedcompute.crypto.keys import key_lifetime, parse_public_keys
 from fedcompute.crypto.sealing import sealer_of
-from fedcompute.device.keys import lifetime
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.server.security.keys import delete_old_keys, publication, rotate_now
@@ -81,7 +80,7 @@ def test_no_device_that_keeps_to_the_headers_ever_uses_a_key_that_is_gone(hand_m
             fetched = now + timedelta(seconds=age)
             headers = {"cache-control": f"public, max-age={found.max_age}", "age": str(age)}
             for told in (headers, {}) if age == 0 else (headers,):
-                end = fetched + timedelta(seconds=lifetime(told))
+                end = fetched + timedelta(seconds=key_lifetime(told))
                 for key in found.keys:
                     last_use[key.id] = max(last_use.get(key.id, end), end)
         delete_old_keys(database, now)

@@ -8,9 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.server.security.attestation import DevicePolicy, attestation_name
@@ -19,6 +17,10 @@ from fedcompute.server.security.challenges import LIFE_S
 from fedcompute.server.security.key_description import describe_key
 from fedcompute.server.security.key_fetch import read_body
 from fedcompute.server.security.rates import ATTEMPTS_SPAN_S
+
+# It costs a tenth of a server's start, and few servers ask anybody.
+if TYPE_CHECKING:
+    import httpx
 
 _TIMEOUT_S = 3.0
 # Of a whole answer: a service that drips must not keep threads that nobody waits for.
@@ -46,6 +48,8 @@ class AttestationService:
             "accept-encoding": "identity",
             "content-type": "application/json; utf-8",
         }
+        import httpx
+
         self._client = httpx.Client(
             headers=headers, timeout=_TIMEOUT_S, limits=httpx.Limits(keepalive_expiry=600.0), follow_redirects=False
         )
@@ -122,7 +126,9 @@ class AttestationService:
         if not names or any(name not in self._policy.packages for name in names):
             raise RequestRejected(Reason.ATTESTATION_PACKAGE, "the attested package is not on the list")
 
-    def _post(self, call: str, body: dict[str, Any]) -> httpx.Response:
+    def _post(self, call: str, body: dict[str, Any]) -> "httpx.Response":
+        import httpx
+
         deadline = time.monotonic() + _LONGEST_S
         try:
             with self._client.stream("POST", f"{self._url}:{call}", content=json.dumps(body)) as answer:
@@ -147,7 +153,7 @@ def read_service_key(path: Path) -> str:
     return key
 
 
-def _object(answer: httpx.Response) -> dict[str, Any]:
+def _object(answer: "httpx.Response") -> dict[str, Any]:
     try:
         document = json.loads(answer.content)
     except (ValueError, RecursionError):

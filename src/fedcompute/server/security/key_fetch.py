@@ -3,10 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import httpx
+from typing import TYPE_CHECKING
 
 from fedcompute.errors import OperationFailed, Reason
+
+# It costs a tenth of a server's start, and few servers ask anybody.
+if TYPE_CHECKING:
+    import httpx
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,10 @@ class Answer:
     body: bytes
 
 
-def client(timeout: float) -> httpx.Client:
+def client(timeout: float) -> "httpx.Client":
     """A client whose every step may take `timeout` seconds; follows no redirect, which could carry a token away."""
+    import httpx
+
     # As it is: a few compressed bytes may be gigabytes, in memory before anybody counts them.
     headers = {"accept-encoding": "identity"}
     timeouts = httpx.Timeout(timeout, connect=min(timeout, 10.0))
@@ -27,7 +32,7 @@ def client(timeout: float) -> httpx.Client:
 
 
 def get(
-    http: httpx.Client,
+    http: "httpx.Client",
     url: str,
     headers: Mapping[str, str],
     *,
@@ -41,6 +46,8 @@ def get(
     An answer of 500 or more counts as none until the last attempt. Raises OperationFailed(KEY_SERVICE_FAILED), whose
     text holds neither URL nor headers; also for a body that is compressed although nobody asked for it.
     """
+    import httpx
+
     for wait in (*pauses, None):
         try:
             answer = _once(http, url, headers, limit, seconds)
@@ -54,7 +61,7 @@ def get(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _once(http: httpx.Client, url: str, headers: Mapping[str, str], limit: int, seconds: float) -> Answer:
+def _once(http: "httpx.Client", url: str, headers: Mapping[str, str], limit: int, seconds: float) -> Answer:
     deadline = time.monotonic() + seconds
     with http.stream("GET", url, headers=dict(headers)) as answer:
         body = read_body(answer, limit, deadline)
@@ -64,7 +71,7 @@ def _once(http: httpx.Client, url: str, headers: Mapping[str, str], limit: int, 
         return Answer(answer.status_code, dict(answer.headers), body)
 
 
-def read_body(answer: httpx.Response, limit: int, deadline: float) -> bytes | None:
+def read_body(answer: "httpx.Response", limit: int, deadline: float) -> bytes | None:
     """The body of a streamed answer; None if it is over `limit` bytes, compressed, or not whole at `deadline`.
 
     The clock (seconds, monotonic) is looked at after every piece, however small: a sender may drip.

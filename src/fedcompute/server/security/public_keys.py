@@ -5,8 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedcompute.crypto.keys import KEY_LIST_BYTES_LIMIT, PublicKey, parse_public_keys
-from fedcompute.device.keys import lifetime
+from fedcompute.crypto.keys import KEY_LIST_BYTES_LIMIT, PublicKey, key_lifetime, parse_public_keys
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 from fedcompute.server.security import key_fetch
 from fedcompute.server.security.keys import Publication
@@ -58,7 +57,7 @@ class PublicKeyList:
             _LOG.warning("the last %d public keys stay in use: %s", len(self._keys), error)
             self._due = self._clock() + _AGAIN_S
             return
-        life = lifetime(answer.headers)
+        life = key_lifetime(answer.headers)
         self._keys = keys
         self._until = self._clock() + life
         self._due = self._clock() + min(_LONGEST_S, life)
