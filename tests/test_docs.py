@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fedcompute.server.api.operations import OPERATIONS
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(r"<!-- (?P<kind>run|file: (?P<name>[\w.]+)) -->\n```\w*\n(?P<text>.*?)\n```", re.DOTALL)
 
@@ -68,3 +70,10 @@ def test_the_table_of_settings_is_that_of_this_release():
     tool = DOCS.parent / "tools" / "generate_settings.py"
     checked = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_every_management_route_is_in_its_page():
+    page = (DOCS / "management-api.md").read_text()
+    paths = {operation.path for operation in OPERATIONS if operation.path.startswith("/api/v1/")}
+    names = {re.sub(r"/\{\w+\}$", "", path).rsplit("/", 1)[-1] for path in paths}
+    assert {name for name in names if not re.search(rf"/{re.escape(name)}[`?/]", page)} == set()

@@ -10,7 +10,9 @@ COMMANDS = [
     "server", "task build", "task list", "task show", "task watch", "task pause", "task resume",
     "task cancel", "metrics plot", "metrics table",
     "model export", "privacy epsilon", "privacy noise", "privacy report", "fleet run", "quickstart",
-    "enrolment create", "enrolment list", "enrolment revoke",
+    "enrolment create", "enrolment list", "enrolment revoke", "api-key create", "api-key list", "api-key revoke",
+    "task clone", "task progress", "task artifacts", "keys list", "keys rotate", "secret check", "secret rotate",
+    "backup", "restore", "doctor", "retention run", "audit log", "privacy verify", "privacy budget",
 ]  # fmt: skip
 PRINTING = [command for command in COMMANDS if command != "quickstart"]
 
@@ -72,3 +74,11 @@ def test_the_lines_of_a_long_error_stay_one_block(capsys):
 
     show_error(OperationFailed(Reason.SETTINGS_INVALID, "first\nsecond"))
     assert capsys.readouterr().err.splitlines()[1] == "        second"
+
+
+def test_help_is_set_to_the_terminal_and_completion_is_the_programs_own(fedcompute, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    # In the docstring the sentence goes on in a line of its own.
+    assert "are read from its database." in fedcompute("audit", "log", "--help").output
+    assert "--install-completion" not in fedcompute("audit", "--help").output
+    assert "--install-completion" in fedcompute("--help").output

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from fedcompute import __version__
 from fedcompute.cli.errors import typed_errors
 
 _EXAMPLE = "Example: fedcompute quickstart"
+_LINE_END = re.compile(r"(?<!\n)\n(?!\n)")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def _load(name: str, entry: _Entry) -> Any:
         found.command(name, epilog=f"Example: fedcompute {name}")(function)
     command = typer.main.get_command(found)
     command.name = name
+    # Completion is the program's, not that of a part of it.
+    command.params = [one for one in command.params if one.name not in ("install_completion", "show_completion")]
+    for one in (command, *getattr(command, "commands", {}).values()):
+        # Where a docstring's lines end means nothing on a terminal of another width.
+        one.help = _LINE_END.sub(" ", one.help or "")
     return command
 
 

@@ -54,6 +54,7 @@ def run(
     # Here, because the worker processes would only complain in the log.
     read_fleet_enrolments(settings)
     start = time.monotonic()
+    before = _size(log)  # the devices append
     with Fleet(settings, log) as running:
         try:
             with DeviceLine() as line:
@@ -70,5 +71,9 @@ def run(
     typer.echo(f"{progress.contributions} contributions in {time.monotonic() - start:.0f} s; runs by how they ended:")
     for outcome, count in progress.outcomes.most_common():
         typer.echo(f"  {outcome:24} {count}")
-    if log.exists() and log.stat().st_size:
+    if _size(log) > before:
         typer.echo(f"what devices complained about: {log}")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0

@@ -45,6 +45,13 @@ _CONNECTION = {
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,
 }
+_DAMAGED = "the file is damaged: keep it, and restore a backup elsewhere"
+# SQLite says what it is by a code.
+_REMEDIES = {
+    "SQLITE_NOTADB": _DAMAGED,
+    "SQLITE_CORRUPT": _DAMAGED,
+    "SQLITE_CANTOPEN": "SQLite writes beside its file, also to read it: the folder must be there and writable",
+}
 
 
 class Database:
@@ -179,12 +186,8 @@ class Database:
         words = " ".join(str(error.orig).split())
         for secret in _secrets(self._engine.url):
             words = words.replace(secret, "***")
-        # Of SQLite, which has codes for it; no space or connection helps.
-        damaged = getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_NOTADB", "SQLITE_CORRUPT")
-        return OperationFailed(
-            Reason.STORAGE_FAILED, f"the database refused: {words}",
-            remedy="the file is damaged: keep it, and restore a backup elsewhere" if damaged else None,
-        )  # fmt: skip
+        remedy = _REMEDIES.get(getattr(error.orig, "sqlite_errorname", ""))
+        return OperationFailed(Reason.STORAGE_FAILED, f"the database refused: {words}", remedy=remedy)
 
     def _require_head(self) -> None:
         with self.read() as tx:
