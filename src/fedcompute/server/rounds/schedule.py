@@ -165,7 +165,7 @@ def _prepare(context: Context, task: TaskRow) -> ServerPlan | None:
         raise ArtifactInvalid(
             Reason.PLAN_UNSUPPORTED,
             f"max_parallel is {task.max_parallel}, and rounds with {name} must not overlap",
-            remedy="set max_parallel to 1, or choose FIXED_GAUSSIAN",
+            remedy="set max_parallel to 1, or build with FIXED_GAUSSIAN or without noise",
         )
     if task.is_training or plan.has_graphs:
         first = IterationKey(task.key.population, task.key.task_id, 1)
