@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = Path(__file__).with_name("fuzz_targets.py")
 # Of each reader; `FUZZ_SECONDS=600 pytest tests/server/test_fuzz.py` looks longer.
-SECONDS = int(os.environ.get("FUZZ_SECONDS", "2"))
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "1"))
 MEMORY_MB = 1024
 NAMES = [
     "checkpoint", "envelope", "zipped_envelope", "contribution", "partial_sum", "messages", "plan", "proof",
