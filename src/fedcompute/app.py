@@ -1,10 +1,12 @@
 """The composition root: settings in, a running server out."""
 
+import asyncio
 import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -55,6 +57,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(_tell)
         try:
             claim, database = await run_in_threadpool(_open_database, settings)
         except FedComputeError as error:
@@ -103,6 +106,12 @@ def _close_authentication(app: Starlette) -> None:
     context: Context | None = getattr(app.state, "context", None)
     if context is not None and context.authentication is not None:
         context.authentication.close()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, facts: dict[str, Any]) -> None:
+    # The store reads an upload in a task of its own; that a stop ends it is no news, and nobody is left to hear of it.
+    if not isinstance(facts.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(facts)
 
 
 @asynccontextmanager
