@@ -105,8 +105,10 @@ def test_a_server_that_stops_tells_an_upload_under_way_and_stores_nothing_of_it(
 def test_a_client_that_does_not_take_its_answer_is_cut_off(impatient):
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        # A sender is woken when a third of its buffer is free: of a large one that is minutes on a busy machine.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
         client.connect(("127.0.0.1", urlsplit(impatient.api.url).port))
-        client.settimeout(60)
+        client.settimeout(120)
         with pytest.raises(OSError, match=r"(?i)reset|broken|aborted"):
             pile_up(client)
 
