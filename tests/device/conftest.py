@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
-from fedcompute.device.worker import training_example
+from fedcompute.device.developer.examples import training_example
 from fedcompute.protos import plan_pb2
 
 REFERENCE = Path(__file__).resolve().parents[2] / "../shared/fixtures/reference-keras"

@@ -13,9 +13,10 @@ from starlette.routing import Route
 
 from fedcompute.device import protocol
 from fedcompute.device.authorization import TOKEN_LIFE, Authorization, Enrolment, read_enrolments
-from fedcompute.device.history import TaskHistory
 from fedcompute.device.http import Retries, Transport
-from fedcompute.device.protocol import Owner, Rejected
+from fedcompute.device.owner import Owner
+from fedcompute.device.protocol import Rejected
+from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import DeviceRunFailed, OperationFailed, Reason
 from fedcompute.protos import federatedcompute_pb2, task_assignments_pb2
 
@@ -84,7 +85,7 @@ def wire(serve):
 def memory():
     history = TaskHistory()
     yield history
-    history.close()
+    history.database.close()
 
 
 class Clock:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedcompute.device.developer.examples import training_example
 from fedcompute.device.plan_runner import PlanRunner, validate
-from fedcompute.device.worker import training_example
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint

@@ -17,16 +17,14 @@ from starlette.routing import Route
 
 from fedcompute.crypto.envelope import open_update
 from fedcompute.crypto.keys import generate_key_pair, public_keys_json
-from fedcompute.device.history import TaskHistory
+from fedcompute.device.developer.worker import IsolatedWorker, TrainingExampleOutput, TrainingExampleRecord
+from fedcompute.device.example_store import in_process
 from fedcompute.device.http import Retries, Transport
+from fedcompute.device.owner import Owner
 from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.protocol import Owner, RetryWindow
+from fedcompute.device.protocol import RetryWindow
 from fedcompute.device.runtime import PHASES, Device, DeviceSettings
-from fedcompute.device.worker import (
-    IsolatedWorker,
-    TrainingExampleOutput,
-    TrainingExampleRecord,
-)
+from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import Reason
 from fedcompute.protos import eligibility_pb2, federatedcompute_pb2, plan_pb2, task_assignments_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -166,7 +164,7 @@ def run(server, worker, runner, *, history=None, on_state=None, **settings):
         async with Transport(retries=Retries(delay=0.001)) as transport:
             device = Device(
                 DeviceSettings(server.url, POPULATION, owner=OWNER, **settings),
-                worker,
+                in_process(worker),
                 transport=transport,
                 train=runner.train,
                 history=history,
@@ -508,7 +506,7 @@ def test_a_second_run_of_a_busy_device_ends_at_once(server, worker, runner):
     async def twice():
         async with Transport() as transport:
             settings = DeviceSettings(server.url, POPULATION, owner=OWNER)
-            device = Device(settings, worker, transport=transport, train=runner.train)
+            device = Device(settings, in_process(worker), transport=transport, train=runner.train)
             return await asyncio.gather(device.run_once(), device.run_once())
 
     first, second = asyncio.run(twice())
@@ -531,7 +529,7 @@ def test_a_cancelled_device_can_run_again(server, worker, runner):
     async def cancel():
         async with Transport() as transport:
             settings = DeviceSettings(server.url, POPULATION, owner=OWNER)
-            device = Device(settings, worker, transport=transport, train=runner.train)
+            device = Device(settings, in_process(worker), transport=transport, train=runner.train)
             task = asyncio.create_task(device.run_once())
             await asyncio.sleep(0)
             task.cancel()

@@ -13,12 +13,13 @@ from fedcompute.builder.config import read_config
 from fedcompute.builder.task_management import register_group
 from fedcompute.cli import app
 from fedcompute.device.authorization import read_enrolments
-from fedcompute.device.history import TaskHistory
+from fedcompute.device.developer.examples import training_example
+from fedcompute.device.example_store import in_process
 from fedcompute.device.http import Transport
+from fedcompute.device.owner import Owner
 from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
-from fedcompute.device.worker import training_example
+from fedcompute.device.state.history import TaskHistory
 from fedcompute.fleet.devices import Observer, ShardWorker, run_devices
 from fedcompute.fleet.settings import FleetSettings
 from fedcompute.monitoring.operator_api import OperatorApi
@@ -65,7 +66,7 @@ def device_of(settings, index, transport, train, enrolment, history=None):
     ]
     return Device(
         DeviceSettings(settings.base_url, POPULATION, Owner("org.example", f"org.example.Device{index}")),
-        ShardWorker(POPULATION, examples),
+        in_process(ShardWorker(POPULATION, examples)),
         transport=transport,
         train=train,
         history=history,

@@ -12,11 +12,12 @@ from fedcompute.builder.build import build_task_group
 from fedcompute.builder.config import read_config
 from fedcompute.builder.task_management import register_group
 from fedcompute.cli import app
+from fedcompute.device.developer.examples import training_example
+from fedcompute.device.example_store import in_process
 from fedcompute.device.http import Transport
+from fedcompute.device.owner import Owner
 from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.protocol import Owner
 from fedcompute.device.runtime import Device, DeviceSettings
-from fedcompute.device.worker import training_example
 from fedcompute.fleet.devices import ShardWorker
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.privacy.accounting import gaussian_epsilon
@@ -64,7 +65,7 @@ def take_part_until(settings, done):
         ]
         device = Device(
             DeviceSettings(settings.base_url, POPULATION, Owner("org.example", f"org.example.Device{index}")),
-            ShardWorker(POPULATION, examples),
+            in_process(ShardWorker(POPULATION, examples)),
             transport=transport,
             train=runner.train,
         )

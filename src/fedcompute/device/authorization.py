@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcompute.device.history import TaskHistory
+from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import OperationFailed, Reason
 
 TOKEN_HEADER = "odp-authorization-key"

@@ -3,8 +3,8 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from fedcompute.device.history import Participation
-from fedcompute.device.worker import TrainingExampleRecord
+from fedcompute.device.developer.worker import TrainingExampleRecord
+from fedcompute.device.state.history import Participation
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import eligibility_pb2
 

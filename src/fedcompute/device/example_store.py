@@ -1,25 +1,44 @@
 """Asks a worker for its training examples (spec/device.md 5.3)."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
-from fedcompute.device.worker import IsolatedWorker, TrainingExampleInput, TrainingExampleOutput, TrainingExampleRecord
+from fedcompute.device.developer.worker import (
+    IsolatedWorker,
+    TrainingExampleInput,
+    TrainingExampleOutput,
+    TrainingExampleRecord,
+)
 from fedcompute.errors import DeviceRunFailed, Reason
+
+ExampleSource = Callable[[TrainingExampleInput], Awaitable[TrainingExampleOutput]]
+"""Where examples come from: a worker in a process of its own, or `in_process`."""
+
+
+def in_process(worker: IsolatedWorker) -> ExampleSource:
+    """A worker of this very process, on a thread: for simulated devices, whose code is trusted."""
+
+    async def ask(request: TrainingExampleInput) -> TrainingExampleOutput:
+        return await asyncio.to_thread(worker.on_training_examples, request)
+
+    return ask
 
 
 async def query_examples(
-    worker: IsolatedWorker, request: TrainingExampleInput, *, min_count: int, timeout: float
+    source: ExampleSource, request: TrainingExampleInput, *, min_count: int, timeout: float
 ) -> tuple[TrainingExampleRecord, ...]:
-    """All records of the worker, at least one and at least `min_count`.
+    """All records of the worker, at least one and at least `min_count`, within `timeout` seconds.
 
-    The hook runs on a thread and has `timeout` seconds. Raises DeviceRunFailed (EXAMPLES_FAILED) if it raises, is
-    late, answers something else or has too few records.
+    Raises DeviceRunFailed (EXAMPLES_FAILED) if the worker raises, is late, answers something else or has too few.
     """
     try:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
         async with asyncio.timeout(timeout):
-            output = await asyncio.to_thread(worker.on_training_examples, request)
+            output = await source(request)
     except TimeoutError:
         raise DeviceRunFailed(Reason.EXAMPLES_FAILED, f"the worker gave no examples within {timeout} s") from None
+    except DeviceRunFailed:
+        raise
     except Exception as error:  # a developer's code may raise anything; it costs this run only
         raise DeviceRunFailed(Reason.EXAMPLES_FAILED, f"the worker raised {type(error).__name__}: {error}") from error
     records = tuple(output.training_example_records) if isinstance(output, TrainingExampleOutput) else ()

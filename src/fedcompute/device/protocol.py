@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from fedcompute.crypto.envelope import GZIP_MAGIC, gunzip, gzip_bytes
 from fedcompute.device.authorization import Authorization
 from fedcompute.device.http import Response, Transport, join_url
+from fedcompute.device.owner import Owner
 from fedcompute.errors import DeviceRunFailed, Reason, UploadRejected
 from fedcompute.protos import federatedcompute_pb2, plan_pb2, task_assignments_pb2
 
@@ -32,33 +33,6 @@ _NOT_TAKEN = (
     federatedcompute_pb2.RejectionReason.UNAUTHENTICATED,
     federatedcompute_pb2.RejectionReason.UNAUTHORIZED,
 )
-
-
-@dataclass(frozen=True)
-class Owner:
-    """On whose behalf a device computes: package, class, and the hex SHA-256 of the signing certificate."""
-
-    package: str = "fedcompute"
-    class_name: str = "fedcompute.Worker"
-    certificate_digest: str = "0" * 64
-
-    @property
-    def id(self) -> str:
-        """The component, by which tokens are kept."""
-        return f"{self.package}/{self.class_name}"
-
-    @property
-    def digest(self) -> str:
-        """The value of the owner header."""
-        return f"{self.id}-{self.certificate_digest}"
-
-    def job_id(self, population: str) -> int:
-        """Signed 32-bit polynomial hash that names the job of this owner and population (spec 6.2)."""
-        text = f"{population}{self.package}-{self.class_name}-{self.certificate_digest}".encode("utf-16-le")
-        value = 0
-        for index in range(0, len(text), 2):
-            value = (31 * value + int.from_bytes(text[index : index + 2], "little")) & 0xFFFFFFFF
-        return value - (1 << 32) if value >= 1 << 31 else value
 
 
 @dataclass(frozen=True)
@@ -127,7 +101,9 @@ async def check_in(
 
 
 async def download(
-    transport: Transport, assignment: task_assignments_pb2.TaskAssignment
+    transport: Transport,
+    assignment: task_assignments_pb2.TaskAssignment,
+    checkpoint_bytes_limit: int = CHECKPOINT_BYTES_LIMIT,
 ) -> tuple[plan_pb2.ClientOnlyPlan, bytes]:
     """Fetches plan and checkpoint at the same time; both gunzipped where they are gzip.
 
@@ -136,7 +112,7 @@ async def download(
     """
     plan_bytes, checkpoint = await asyncio.gather(
         _fetch(transport, assignment.plan, "plan download", PLAN_BYTES_LIMIT),
-        _fetch(transport, assignment.init_checkpoint, "checkpoint download", CHECKPOINT_BYTES_LIMIT),
+        _fetch(transport, assignment.init_checkpoint, "checkpoint download", checkpoint_bytes_limit),
     )
     if not checkpoint:
         raise DeviceRunFailed(Reason.SERVER_ANSWER_INVALID, "checkpoint download: no bytes")

@@ -12,13 +12,14 @@ from fedcompute.crypto.envelope import seal_update
 from fedcompute.crypto.keys import PublicKey
 from fedcompute.device import eligibility, protocol
 from fedcompute.device.authorization import Authorization, Prove
-from fedcompute.device.example_store import query_examples
-from fedcompute.device.history import TaskHistory
+from fedcompute.device.developer.worker import TrainingExampleInput, TrainingExampleRecord
+from fedcompute.device.example_store import ExampleSource, query_examples
 from fedcompute.device.http import Transport
 from fedcompute.device.keys import EncryptionKeys, default_url
+from fedcompute.device.owner import Owner
 from fedcompute.device.plan_runner import PlanResult
-from fedcompute.device.protocol import Owner, Rejected, Result
-from fedcompute.device.worker import IsolatedWorker, TrainingExampleInput, TrainingExampleRecord
+from fedcompute.device.protocol import Rejected, Result
+from fedcompute.device.state.history import Contribution, TaskHistory
 from fedcompute.errors import DeviceRunFailed, FedComputeError, Reason
 from fedcompute.protos import plan_pb2, task_assignments_pb2
 
@@ -33,14 +34,15 @@ _RESULT_OF: Mapping[Reason, Result] = {
     Reason.PLAN_ARGUMENT_INVALID: _RESULTS.FAILED_MODEL_COMPUTATION,
     Reason.PLAN_COMPUTATION_FAILED: _RESULTS.FAILED_MODEL_COMPUTATION,
     Reason.EXAMPLES_FAILED: _RESULTS.FAILED_EXAMPLE_GENERATION,
+    Reason.OPS_NOT_SUPPORTED: _RESULTS.FAILED_OPS_ERROR,
 }
 
 
 @dataclass(frozen=True)
 class DeviceSettings:
     """What a device is told. `server`: its base URL; `key_url`: the server's own key service unless given;
-    `example_timeout`: seconds that the worker has; `failed_training_delay`: seconds to wait after a failed training
-    that the server took note of.
+    `eligibility`: whether the server's policies are asked; `example_timeout`: seconds that the worker has;
+    `failed_training_delay`: seconds to wait after a failed training that the server took note of.
     """
 
     server: str
@@ -49,8 +51,10 @@ class DeviceSettings:
     client_version: str = protocol.CLIENT_VERSION
     key_url: str | None = None
     encryption: bool = True
+    eligibility: bool = True
     example_timeout: float = 10.0
     failed_training_delay: float = 86_400.0
+    checkpoint_bytes_limit: int = protocol.CHECKPOINT_BYTES_LIMIT
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class RunOutcome:
     `phase`: where it ended, one of `PHASES`, or `done`. `reason`: code of an error or of the server's rejection,
     `not_eligible`, `busy`, or None after success. `retry_window`: seconds to wait, already drawn from the server's
     window; None leaves the wait to the scheduler. `counted`: whether the failure counts towards giving the task up.
-    `seconds`: time spent in each phase that was reached. `example_count`: examples trained on.
+    `seconds`: time spent in each phase that was reached. `example_count`: examples trained on. `contribution`: what
+    is to be remembered of a success.
     """
 
     success: bool
@@ -73,6 +78,7 @@ class RunOutcome:
     iteration_id: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     example_count: int = 0
+    contribution: Contribution | None = None
 
 
 class _Ended(Exception):
@@ -103,6 +109,7 @@ class _Run:
     task_id: str | None = None
     iteration_id: str | None = None
     example_count: int = 0
+    contribution: Contribution | None = None
 
     @contextmanager
     def enter(self, phase: str) -> Iterator[None]:
@@ -116,12 +123,12 @@ class _Run:
 
 
 class Device:
-    """A device of one population: its worker, its history, its keys."""
+    """A device of one population: its examples, its history, its keys."""
 
     def __init__(
         self,
         settings: DeviceSettings,
-        worker: IsolatedWorker,
+        examples: ExampleSource,
         *,
         transport: Transport,
         train: Trainer,
@@ -137,7 +144,7 @@ class Device:
         `prove` answers the challenges of a server that takes only devices it knows.
         """
         self._settings = settings
-        self._worker = worker
+        self._examples = examples
         self._transport = transport
         self._train = train
         self._history = history if history is not None else TaskHistory()
@@ -155,7 +162,17 @@ class Device:
         self._running = False
 
     async def run_once(self) -> RunOutcome:
-        """Takes part in one round if there is one. Every failure is an outcome; only cancellation is raised."""
+        """`run`, and remembers the contribution."""
+        outcome = await self.run()
+        if outcome.contribution is not None:
+            self._history.record(outcome.contribution)
+        return outcome
+
+    async def run(self) -> RunOutcome:
+        """Takes part in one round if there is one. Every failure is an outcome; only cancellation is raised.
+
+        What is to be remembered is in the outcome, so that it can be stored together with what follows from it.
+        """
         if self._running:
             return RunOutcome(success=False, phase=PHASES[0], reason="busy", detail="another run is in progress")
         self._running = True
@@ -185,13 +202,16 @@ class Device:
             iteration_id=run.iteration_id,
             seconds=run.seconds,
             example_count=run.example_count,
+            contribution=run.contribution,
         )
 
     async def _contribute(self, run: _Run) -> None:
         assignment = await self._check_in(run)
         records = await self._eligible_records(run, assignment)
         with run.enter("download"):
-            plan, checkpoint = await protocol.download(self._transport, assignment)
+            plan, checkpoint = await protocol.download(
+                self._transport, assignment, self._settings.checkpoint_bytes_limit
+            )
         key = await self._choose_key(run, assignment)
         if records is None:
             records = await self._query(run, assignment)
@@ -203,7 +223,7 @@ class Device:
                 raise self._rejection(answer)
         with run.enter("upload"):
             await protocol.upload(self._transport, answer, body)
-        self._remember(assignment, records[: result.example_count])
+        run.contribution = self._contribution(assignment, records[: result.example_count])
 
     async def _check_in(self, run: _Run) -> task_assignments_pb2.TaskAssignment:
         settings = self._settings
@@ -225,7 +245,7 @@ class Device:
     async def _eligible_records(
         self, run: _Run, assignment: task_assignments_pb2.TaskAssignment
     ) -> tuple[TrainingExampleRecord, ...] | None:
-        if not assignment.HasField("eligibility_task_info"):
+        if not self._settings.eligibility or not assignment.HasField("eligibility_task_info"):
             return None
         newest = self._history.newest(self._job_id, assignment.population_name, assignment.task_id)
         with run.enter("examples"):
@@ -258,7 +278,9 @@ class Device:
             resumption_token=self._history.resumption_token(self._job_id, population, task, collection),
             collection_name=collection or None,
         )
-        return await query_examples(self._worker, request, min_count=min_count, timeout=self._settings.example_timeout)
+        return await query_examples(
+            self._examples, request, min_count=min_count, timeout=self._settings.example_timeout
+        )
 
     async def _choose_key(self, run: _Run, assignment: task_assignments_pb2.TaskAssignment) -> PublicKey | None:
         if not self._settings.encryption or self._keys is None:
@@ -283,7 +305,8 @@ class Device:
                 result = await self._train(plan, checkpoint, [record.training_example for record in records])
             except DeviceRunFailed as error:
                 known = await self._report_failure(assignment, _RESULT_OF.get(error.reason, _RESULTS.FAILED))
-                if known and error.reason in _RESULT_OF:
+                learning = plan.phase.WhichOneof("spec") == "tensorflow_spec"
+                if known and learning and error.reason in _RESULT_OF:
                     raise _Failed(error, self._settings.failed_training_delay) from error
                 raise
             except Exception:
@@ -321,12 +344,15 @@ class Device:
         window = answer.window.draw(self._chance) if answer.window is not None else None
         return _Ended(answer.reason, "the server has no use for this device now", window, counted)
 
-    def _remember(self, assignment: task_assignments_pb2.TaskAssignment, used: Sequence[TrainingExampleRecord]) -> None:
-        population, task, now = assignment.population_name, assignment.task_id, self._clock()
-        index = eligibility.round_index(assignment.eligibility_task_info)
-        self._history.add(self._job_id, population, task, round_index=index, now=now)
-        self._history.delete_old(now)
-        token = used[-1].resumption_token if used else None
-        if token is not None:
-            collection = assignment.example_selector.collection_uri
-            self._history.save_resumption_token(self._job_id, population, task, collection, token)
+    def _contribution(
+        self, assignment: task_assignments_pb2.TaskAssignment, used: Sequence[TrainingExampleRecord]
+    ) -> Contribution:
+        return Contribution(
+            job_id=self._job_id,
+            population=assignment.population_name,
+            task_id=assignment.task_id,
+            round=eligibility.round_index(assignment.eligibility_task_info),
+            time=self._clock(),
+            collection_uri=assignment.example_selector.collection_uri,
+            resumption_token=used[-1].resumption_token if used else None,
+        )

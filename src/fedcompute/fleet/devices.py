@@ -6,17 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedcompute.device.authorization import Prove
-from fedcompute.device.history import TaskHistory
-from fedcompute.device.http import Transport
-from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.protocol import Owner
-from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
-from fedcompute.device.worker import (
+from fedcompute.device.developer.worker import (
     IsolatedWorker,
     TrainingExampleInput,
     TrainingExampleOutput,
     TrainingExampleRecord,
 )
+from fedcompute.device.example_store import in_process
+from fedcompute.device.http import Transport
+from fedcompute.device.owner import Owner
+from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
+from fedcompute.device.state.history import TaskHistory
 from fedcompute.fleet.settings import FleetSettings, read_fleet_enrolments
 from fedcompute.models.datasets import examples, load_dataset
 
@@ -78,7 +79,7 @@ async def _run_device(
             owner=Owner("org.fedcompute.fleet", f"org.fedcompute.fleet.Device{number}"),
             failed_training_delay=_FAILURE_PAUSE,
         ),
-        worker,
+        in_process(worker),
         transport=transport,
         train=runner.train,
         history=TaskHistory(),

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from fedcompute.device.worker import (
+from fedcompute.device.developer.examples import training_example
+from fedcompute.device.developer.worker import (
     IsolatedWorker,
     TrainingExampleInput,
     TrainingExampleOutput,
     TrainingExampleRecord,
-    training_example,
 )
 from fedcompute.protos import tensorflow_pb2
 

@@ -1,0 +1,1 @@
+"""Everything that a device remembers, in one SQLite file."""
