@@ -81,8 +81,13 @@ class Reason(StrEnum):
     SERVER_ANSWER_INVALID = "server_answer_invalid"
     PLAN_ARGUMENT_INVALID = "plan_argument_invalid"
     PLAN_COMPUTATION_FAILED = "plan_computation_failed"
+    RUN_CANCELLED = "run_cancelled"
     EXAMPLES_FAILED = "examples_failed"
     NO_ENCRYPTION_KEY = "no_encryption_key"
+    WORKER_FAILED = "worker_failed"
+    TRAINING_ABORTED = "training_aborted"
+    MANIFEST_INVALID = "manifest_invalid"
+    ISOLATION_UNAVAILABLE = "isolation_unavailable"
     # Operation
     STORAGE_FAILED = "storage_failed"
     KEY_SERVICE_FAILED = "key_service_failed"
@@ -187,8 +192,17 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.SERVER_ANSWER_INVALID: Entry(502, "check that the URL is that of a federated compute server"),
     Reason.PLAN_ARGUMENT_INVALID: Entry(400, "build the plan again; its parts do not fit each other"),
     Reason.PLAN_COMPUTATION_FAILED: Entry(400, "check that the examples fit the model's input specification"),
+    Reason.RUN_CANCELLED: Entry(409, "nothing; the device takes part again at its next turn"),
     Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),
+    Reason.WORKER_FAILED: Entry(400, "read what the app's service printed: `fedcompute device logs`"),
+    Reason.TRAINING_ABORTED: Entry(
+        400, "a smaller model or fewer examples, or raise training_memory_bytes or training_time_limit_secs"
+    ),
+    Reason.MANIFEST_INVALID: Entry(400, "correct the line that the message names"),
+    Reason.ISOLATION_UNAVAILABLE: Entry(
+        500, "use a Linux kernel with Landlock and seccomp, or accept what is reported with `--isolation report`"
+    ),
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
     Reason.KEY_SERVICE_FAILED: Entry(
         503, "check the key coordinators, the identity tokens and the key management service; what needs them waits"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedcompute import __version__
+from fedcompute.cli.android import adb_commands, phone_lines
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.configuration import (
     CONFIG_VARIABLE,
@@ -40,7 +41,9 @@ KEY_PATH = "/.well-known/odp/v1/public-keys"
 app = typer.Typer(add_completion=False)
 
 
-def server(config: Path | None, show_config: bool, as_json: bool, **flags: str | bool | list[str] | None) -> None:
+def server(
+    config: Path | None, show_config: bool, as_json: bool, android: bool, **flags: str | bool | list[str] | None
+) -> None:
     """Run a federated compute server: APIs, blobs, keys and the round engine on one port.
 
     Every setting is an option here, a variable FEDCOMPUTE_NAME of the environment, or a line of the settings file;
@@ -58,7 +61,7 @@ def server(config: Path | None, show_config: bool, as_json: bool, **flags: str |
 
     import fedcompute.app
 
-    serve(fedcompute.app.server(settings), listener, _announcement(settings, as_json=as_json))
+    serve(fedcompute.app.server(settings), listener, _announcement(settings, as_json=as_json, android=android))
 
 
 def _options() -> list[inspect.Parameter]:
@@ -67,6 +70,7 @@ def _options() -> list[inspect.Parameter]:
         ("config", Path | None, None, typer.Option(help=f"TOML file with settings. Default: {CONFIG_VARIABLE}.")),
         ("show_config", bool, False, typer.Option("--show-config", help="Print every setting with its source.")),
         ("as_json", bool, False, typer.Option("--json", help="Print one JSON document instead of text.")),
+        ("android", bool, False, typer.Option("--android", help="Print the adb commands that point a phone here.")),
     ):
         found.append(_parameter(name, kind, default, info))
     return found
@@ -170,10 +174,14 @@ def _keep_start_failure(app: Any) -> list[Exception]:
     return failures
 
 
-def _announcement(settings: Settings, *, as_json: bool) -> str:
+def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     scheme = "http" if settings.tls_certificate is None else "https"
     listening = f"{scheme}://{host}:{settings.port}"
+    commands: list[str] = []
+    if android and settings.runs_api:
+        encryption = not settings.allow_plaintext_uploads
+        commands = adb_commands(settings.base_url, settings.base_url + KEY_PATH, encryption=encryption)
     if as_json:
         return json.dumps(
             {
@@ -182,6 +190,7 @@ def _announcement(settings: Settings, *, as_json: bool) -> str:
                 "key_url": settings.base_url + KEY_PATH,
                 "data_dir": str(settings.data_dir),
                 "operators_need_api_key": not opens_without_key(settings),
+                **({"android": commands} if android else {}),
             }
         )
     for_devices = (
@@ -196,6 +205,7 @@ def _announcement(settings: Settings, *, as_json: bool) -> str:
         f"  data directory  {settings.data_dir}\n"
         f"{_for_operators(settings) if settings.runs_api else ''}"
         f"  stop with       Ctrl-C; rounds in progress go on at the next start"
+        f"{phone_lines(commands)}"
     )
 
 

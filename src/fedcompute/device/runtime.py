@@ -151,7 +151,7 @@ class Device:
         self._keys = keys
         if keys is None:
             url = settings.key_url if settings.key_url is not None else default_url(settings.server)
-            self._keys = EncryptionKeys(transport, url, clock=clock)
+            self._keys = EncryptionKeys(transport, url, database=self._history.database, clock=clock)
         self._on_state = on_state if on_state is not None else lambda state: None
         self._clock = clock
         self._chance = chance if chance is not None else random.Random()

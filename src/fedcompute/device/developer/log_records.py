@@ -3,14 +3,28 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from fedcompute.device.developer.connection import Ask, Refused
 from fedcompute.device.developer.errors import IllegalState
 
-ColumnValue = bool | int | float | str | bytes | None
-"""What a column may hold."""
+if TYPE_CHECKING:
+    ColumnValue = bool | int | float | str | bytes | None
+else:
+    # The decoder of messages between processes takes no union of text and bytes; `check_columns` does.
+    ColumnValue = Any
 
 Row = Mapping[str, ColumnValue]
+"""Named columns: truth values, 64-bit integers, floats, text, bytes, or None."""
+
+
+def check_columns(columns: Row) -> None:
+    """Raises TypeError or ValueError naming the first column that is not what a `Row` may hold."""
+    for name, value in columns.items():
+        if not isinstance(name, str) or not isinstance(value, (bool, int, float, str, bytes, type(None))):
+            raise TypeError(f"column {name!r} holds {type(value).__name__}, which is no value of a column")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"column {name!r} holds an integer of more than 64 bits")
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,10 @@ class RequestLogRecord:
     rows: Sequence[Row] = ()
     time: datetime | None = None
     id: int = 0
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            check_columns(row)
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class EventLogRecord:
             raise ValueError(f"row_index is {self.row_index}, not at least 0")
         if not 1 <= self.type <= 127:
             raise ValueError(f"type is {self.type}, not 1 to 127")
+        if self.data is not None:
+            check_columns(self.data)
 
 
 class LogReader:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedcompute.device.developer.key_values import KeyValueStore
-from fedcompute.device.developer.log_records import ColumnValue, EventLogRecord, RequestLogRecord
+from fedcompute.device.developer.log_records import EventLogRecord, RequestLogRecord, Row, check_columns
 
 DEFAULT_BEST_VALUE = -1
 
@@ -18,7 +18,10 @@ class ExecuteInput:
     """What an app asks for: its own package, and parameters of its choice."""
 
     app_package_name: str
-    app_params: Mapping[str, ColumnValue] = field(default_factory=dict)
+    app_params: Row = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_columns(self.app_params)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class EventInput:
     """An event URL was opened: the record of the request that was shown, if it left one, and the URL's parameters."""
 
     request_log_record: RequestLogRecord | None = None
-    parameters: Mapping[str, ColumnValue] = field(default_factory=dict)
+    parameters: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
