@@ -82,6 +82,7 @@ class Reason(StrEnum):
     PLAN_ARGUMENT_INVALID = "plan_argument_invalid"
     PLAN_COMPUTATION_FAILED = "plan_computation_failed"
     RUN_CANCELLED = "run_cancelled"
+    RUN_FAILED = "run_failed"
     EXAMPLES_FAILED = "examples_failed"
     NO_ENCRYPTION_KEY = "no_encryption_key"
     WORKER_FAILED = "worker_failed"
@@ -192,6 +193,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.SERVER_ANSWER_INVALID: Entry(502, "check that the URL is that of a federated compute server"),
     Reason.PLAN_ARGUMENT_INVALID: Entry(400, "build the plan again; its parts do not fit each other"),
     Reason.PLAN_COMPUTATION_FAILED: Entry(400, "check that the examples fit the model's input specification"),
+    Reason.RUN_FAILED: Entry(400, "see `fedcompute device logs`; the task stays scheduled as `device status` shows"),
     Reason.RUN_CANCELLED: Entry(409, "nothing; the device takes part again at its next turn"),
     Reason.EXAMPLES_FAILED: Entry(400, "correct the worker's on_training_example"),
     Reason.NO_ENCRYPTION_KEY: Entry(503, "check the key service's URL"),

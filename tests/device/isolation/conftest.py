@@ -1,0 +1,193 @@
+"""Attempts in processes that confine themselves first, and what such processes leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcompute.device.isolation.probe import probe
+from fedcompute.device.isolation.sandbox import Restriction
+
+MEBIBYTE = 1 << 20
+SECONDS = 60
+
+CHILD = """
+import ctypes, dataclasses, json, os, sys, time
+from pathlib import Path
+from fedcompute.device.isolation import grants, landlock, privileges, sandbox, seccomp
+
+given = json.loads(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(number, *arguments):
+    if libc.syscall(number, *map(ctypes.c_ulong, arguments)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+def confine():
+    return sandbox.confine(sandbox.Policy(**given["policy"]), **given["options"])
+
+{before}
+report = confine()
+
+def attempt():
+{attempt}
+
+try:
+    outcome = {{"did": attempt()}}
+except BaseException as error:
+    outcome = {{"refused": type(error).__name__, "errno": getattr(error, "errno", None)}}
+sys.stdout.write(json.dumps(outcome | {{"report": list(map(dataclasses.asdict, report))}}))
+"""
+
+
+@dataclass
+class Outcome:
+    """How a child ended: its exit status, what its attempt returned or was refused with, its report, its stderr."""
+
+    status: int
+    did: Any
+    refused: str | None
+    errno: int | None
+    report: list[Restriction]
+    errors: str
+
+    def by_name(self, name: str) -> Restriction:
+        return next(restriction for restriction in self.report if restriction.name == name)
+
+
+class Sandbox:
+    """Runs attempts in fresh confined processes; `data` may be read, `scratch` written, `private` neither."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data, self.scratch, self.private = (directory / name for name in ("data", "scratch", "private"))
+        for path in (self.data, self.scratch, self.private):
+            path.mkdir()
+            (path / "file").write_text("kept")
+        self.given: dict[str, Any] = {"parent": os.getpid(), **{name: str(getattr(self, name)) for name in vars(self)}}
+
+    def command(self, attempt: str, before: str, options: dict[str, Any], policy: dict[str, Any]) -> list[str]:
+        policy = {
+            "readable": [str(self.data)],
+            "writable": [str(self.scratch)],
+            "memory": 256 * MEBIBYTE,
+            "cpu_seconds": 30,
+            "file_bytes": MEBIBYTE,
+            **policy,
+        }
+        body = textwrap.indent(textwrap.dedent(attempt), "    ")
+        program = CHILD.format(before=textwrap.dedent(before), attempt=body)
+        given = json.dumps({**self.given, "policy": policy, "options": options})
+        return [sys.executable, "-P", "-c", program, given]
+
+    def run(
+        self,
+        attempt: str,
+        *,
+        before: str = "",
+        options: dict[str, Any] | None = None,
+        pass_fds: tuple[int, ...] = (),
+        environment: dict[str, str] | None = None,
+        **policy: Any,
+    ) -> Outcome:
+        done = subprocess.run(
+            self.command(attempt, before, options or {}, policy),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            pass_fds=pass_fds,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **(environment or {})},
+        )
+        found = json.loads(done.stdout or "{}")
+        report = [Restriction(**{**each, "by": tuple(each["by"])}) for each in found.get("report", [])]
+        return Outcome(done.returncode, found.get("did"), found.get("refused"), found.get("errno"), report, done.stderr)
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def needs():
+    """`needs("network")` skips where the machine itself cannot enforce it."""
+
+    def check(*names: str) -> None:
+        for restriction in probe():
+            if restriction.name in names and not restriction.enforced:
+                pytest.skip(f"{restriction.name} is not enforced on this machine: {restriction.why}")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def confined():
+    """Skips where the machine cannot confine a process."""
+    missing = [f"{one.name} ({one.why})" for one in probe() if not one.enforced]
+    if missing:
+        pytest.skip(f"this machine does not enforce {', '.join(missing)}")
+
+
+class Processes:
+    """The processes of this machine, and what this one uses up."""
+
+    @staticmethod
+    def children(parent: int | None = None) -> set[int]:
+        """What a process, this one by default, has started and what is there still, zombies included."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent_of_it = int(path.read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent_of_it == (parent or os.getpid()):
+                found.add(int(path.parent.name))
+        return found
+
+    @staticmethod
+    def is_gone(pid: int, seconds: float) -> bool:
+        """Whether a process ends within that time; a zombie has ended."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    return True
+            except OSError:
+                return True
+            time.sleep(0.01)
+        return False
+
+    @staticmethod
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    @staticmethod
+    @contextmanager
+    def bounded_memory(limit: int):
+        """Fails if this process ever has over `limit` bytes more in memory than at the beginning of the block."""
+        # 5: the peak begins anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        yield
+        (peak,) = (
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+        assert peak - before < limit, f"{(peak - before) / MEBIBYTE:.0f} MiB more at its peak"
+
+
+@pytest.fixture
+def processes():
+    """Fails if the test leaves a process or a descriptor behind."""
+    children, descriptors = Processes.children(), Processes.descriptors()
+    yield Processes()
+    assert Processes.children() <= children
+    assert Processes.descriptors() <= descriptors
