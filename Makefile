@@ -19,6 +19,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_protos.py --check
 	$(BIN)/python tools/generate_settings.py --check
+	$(BIN)/python tools/generate_op_coverage.py --check
 	$(BIN)/python -m pytest tests/test_import_floors.py
 
 bench: $(VENV)/.installed-dev

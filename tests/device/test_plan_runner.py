@@ -1,14 +1,19 @@
 """Client plans on local examples: the reference's plans, the arithmetic, and every way to refuse."""
 
 import asyncio
+import subprocess
+import sys
 import tempfile
-from pathlib import Path
+import threading
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_runner import PlanRunner, validate
+from fedcompute.device.plan_rules import validate
+from fedcompute.device.plan_runner import PlanRunner
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -125,6 +130,16 @@ def test_runs_of_one_plan_do_not_influence_each_other(runner, reference_plan, de
     assert first.update == again.update != other.update
 
 
+def test_seeded_random_numbers_are_the_same_in_every_run(runner):
+    def drawn(examples):
+        import tensorflow as tf
+
+        return examples.reduce(tf.constant(0.0), lambda state, _: state + tf.random.uniform([], seed=7))
+
+    plan = own_plan(drawn)
+    assert len({runner.run(plan, b"", [b"a", b"b"]).update for _ in range(3)}) == 1
+
+
 def test_runs_started_together_take_turns(runner, reference_plan, dense_data, dense_weights):
     plan, examples = reference_plan("client_only_plan.pb"), dense_data[2]
     checkpoint = client_checkpoint(dense_weights)
@@ -187,14 +202,6 @@ def test_what_the_graph_cannot_compute_is_a_computation_failure(
     assert len(caught.value.detail) > 20
 
 
-def test_a_run_over_its_time_limit_fails(reference_plan, dense_data, dense_weights):
-    hurried = PlanRunner(time_limit=0.001)
-    with pytest.raises(DeviceRunFailed) as caught:
-        hurried.run(reference_plan("client_only_plan.pb"), client_checkpoint(dense_weights), dense_data[2] * 50)
-    assert caught.value.reason is Reason.PLAN_COMPUTATION_FAILED
-    hurried.close()
-
-
 def test_an_empty_example_is_refused_by_its_number(runner, reference_plan, dense_data):
     with pytest.raises(DeviceRunFailed, match="example 1 of 3") as caught:
         runner.run(reference_plan("client_only_plan.pb"), b"", [dense_data[2][0], b"", dense_data[2][1]])
@@ -213,7 +220,7 @@ def broken(plan, change):
     [
         (lambda plan: plan.ClearField("phase"), Reason.PLAN_UNSUPPORTED),
         (lambda plan: plan.ClearField("tflite_graph"), Reason.PLAN_UNSUPPORTED),
-        (lambda plan: plan.phase.example_query_spec.SetInParent(), Reason.PLAN_UNSUPPORTED),
+        (lambda plan: plan.phase.example_query_spec.SetInParent(), Reason.PLAN_ARGUMENT_INVALID),
         (lambda plan: plan.phase.ClearField("federated_compute"), Reason.PLAN_ARGUMENT_INVALID),
         (
             lambda plan: plan.phase.tensorflow_spec.output_tensor_specs.add(name="loss:0"),
@@ -236,7 +243,7 @@ def broken(plan, change):
         (lambda plan: setattr(plan, "tflite_graph", b"\0" * 100), Reason.PLAN_COMPUTATION_FAILED),
         (
             lambda plan: setattr(plan, "tflite_graph", plan.tflite_graph.replace(b"L2Loss", b"L3Loss")),
-            Reason.PLAN_COMPUTATION_FAILED,
+            Reason.OPS_NOT_SUPPORTED,
         ),
     ],
 )
@@ -245,19 +252,231 @@ def test_a_plan_that_breaks_a_rule_is_refused_before_it_runs(runner, reference_p
     with pytest.raises(DeviceRunFailed) as caught:
         runner.run(plan, b"", dense_data[2])
     assert caught.value.reason is reason
+    with pytest.raises(DeviceRunFailed) as prepared:
+        runner.prepare(plan)
+    assert prepared.value.detail == caught.value.detail
+
+
+def test_a_plan_with_unknown_operations_is_refused_by_all_their_names(runner, reference_plan):
+    def rename(plan):
+        plan.tflite_graph = plan.tflite_graph.replace(b"L2Loss", b"L3Loss").replace(b"ReluGrad", b"LureGrad")
+
+    with pytest.raises(DeviceRunFailed, match="FlexL3Loss, FlexLureGrad") as caught:
+        runner.prepare(broken(reference_plan("client_only_plan.pb"), rename))
+    assert "docs/plan-operations.md" in caught.value.remedy
 
 
 def test_validation_does_not_change_the_plan(reference_plan):
     plan = reference_plan("client_only_plan.pb")
+    plan.phase.tensorflow_spec.output_tensor_specs.add(name="loss:0")
     before = plan.SerializeToString(deterministic=True)
-    validate(plan)
+    with pytest.raises(DeviceRunFailed):
+        validate(plan)
     assert plan.SerializeToString(deterministic=True) == before
 
 
-def test_importing_the_runtime_does_not_load_tensorflow():
-    import subprocess
-    import sys
+def test_a_prepared_plan_runs_without_being_translated_again(reference_plan, dense_data, dense_weights, monkeypatch):
+    from fedcompute.device import prepared_plan
 
-    code = "import fedcompute.device.runtime, sys; sys.exit('tensorflow' in sys.modules)"
+    plan, checkpoint = reference_plan("client_only_plan.pb"), client_checkpoint(dense_weights)
+    with closing(PlanRunner()) as runner:
+        runner.prepare(plan)
+        monkeypatch.setattr(prepared_plan, "translate", None)
+        assert runner.run(plan, checkpoint, dense_data[2]).example_count == 20
+
+
+def test_a_checkpoint_or_update_over_its_limit_is_refused_by_its_size(
+    runner, reference_plan, dense_data, dense_weights
+):
+    plan, checkpoint = reference_plan("client_only_plan.pb"), client_checkpoint(dense_weights)
+    size = len(runner.run(plan, checkpoint, dense_data[2]).update)
+
+    with pytest.raises(DeviceRunFailed, match=rf"update of {size} bytes, {size - 1} are") as caught:
+        runner.run(plan, checkpoint, dense_data[2], update_bytes_limit=size - 1)
+    assert caught.value.reason is Reason.UPLOAD_TOO_LARGE
+    limit = len(checkpoint) - 1
+    with pytest.raises(DeviceRunFailed, match=rf"checkpoint of {limit + 1} bytes, {limit} are") as caught:
+        runner.run(plan, checkpoint, dense_data[2], checkpoint_bytes_limit=limit)
+    assert caught.value.reason is Reason.CHECKPOINT_TOO_LARGE
+    fits = {"checkpoint_bytes_limit": len(checkpoint), "update_bytes_limit": size}
+    assert len(runner.run(plan, checkpoint, dense_data[2], **fits).update) == size
+
+
+def own_plan(values):
+    """A plan that saves what `values(examples)` gives, examples being a data set of strings; it reads no checkpoint."""
+    import tensorflow as tf
+
+    from fedcompute.builder.example_source import external_examples
+    from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
+    from fedcompute.builder.tflite import convert
+    from fedcompute.protos import learning_pb2
+
+    inputs = ["data_token", "input_filepath", "output_filepath"]
+    with tf.Graph().as_default() as graph:
+        token, _, path = (tf.compat.v1.placeholder(tf.string, [], name) for name in inputs)
+        value = values(external_examples(token, b""))
+        tf.raw_ops.SaveSlices(filename=path, tensor_names=["update"], shapes_and_slices=[""], data=[value], name="save")
+    flatbuffer = convert(graph.as_graph_def(), inputs, "save")
+    return client_only_plan(build_plan(learning_pb2.LearningProcess(), flatbuffer, example_selector("")))
+
+
+CHAINS = {
+    "single examples": lambda data: data,
+    "batches": lambda data: data.batch(3),
+    "whole batches": lambda data: data.batch(3, drop_remainder=True),
+    "taken, then in batches": lambda data: data.take(4).batch(3),
+    "in batches, then taken": lambda data: data.batch(3).take(2),
+    "taken beyond the end": lambda data: data.take(-1).batch(3).take(100),
+    "mapped": lambda data: data.map(lambda one: one + "!"),
+    "mapped before and behind batches": lambda data: (
+        data.map(lambda one: one + "!").batch(3).map(lambda all_: all_[::-1])
+    ),
+    "mapped twice": lambda data: data.batch(3).map(lambda all_: all_ + "!").map(lambda all_: all_[::-1]),
+    "batches of batches": lambda data: data.batch(2, drop_remainder=True).batch(2),
+    "skipped": lambda data: data.skip(2).batch(2),
+    "repeated": lambda data: data.batch(3).repeat(2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*AutoGraph")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_data_sets_give_the_elements_that_tensorflow_gives(runner, chain):
+    import tensorflow as tf
+
+    def told(examples):
+        said = CHAINS[chain](examples).reduce(
+            tf.constant(""),
+            lambda state, part: state + "/" + tf.strings.reduce_join(tf.reshape(part, [-1]), separator=","),
+        )
+        return tf.reshape(said, [1])
+
+    plan = own_plan(told)
+    for count in (0, 1, 6, 7):
+        examples = [f"{index}".encode() for index in range(1, count + 1)]
+        expected = told(tf.data.Dataset.from_tensor_slices(tf.constant(examples, tf.string, [count]))).numpy()
+        update = read_checkpoint(runner.run(plan, b"", examples).update)
+        assert update["update"].tolist() == expected.tolist()
+
+
+def test_batches_of_no_size_are_an_error_as_in_tensorflow(runner):
+    def count(examples):
+        import tensorflow as tf
+
+        return examples.batch(-2).reduce(tf.constant(0.0), lambda state, _: state + 1.0)
+
+    with pytest.raises(DeviceRunFailed) as caught:
+        runner.run(own_plan(count), b"", [b"example"])
+    assert caught.value.reason is Reason.PLAN_COMPUTATION_FAILED
+
+
+def endless_loop(examples):
+    import tensorflow as tf
+
+    start = examples.reduce(tf.constant(1.0), lambda state, _: state + 1.0)
+    return tf.while_loop(lambda x: x > 0, lambda x: (x + 1.0,), (start,))[0]
+
+
+def endless_data(examples):
+    import tensorflow as tf
+
+    return examples.repeat().reduce(tf.constant(1.0), lambda state, _: state + 1.0)
+
+
+@pytest.fixture(scope="module", params=[endless_loop, endless_data], ids=["loop", "data"])
+def endless_plan(request):
+    return own_plan(request.param)
+
+
+@contextmanager
+def closing(runner):
+    try:
+        yield runner
+    finally:
+        runner.cancel()
+        runner.close()
+
+
+def test_a_cancelled_run_ends_within_a_second_and_the_next_one_runs(
+    runner, endless_plan, reference_plan, dense_data, dense_weights
+):
+    runner.prepare(endless_plan)
+    for _ in range(2):
+        ended = []
+
+        def endless(ended=ended):
+            with pytest.raises(DeviceRunFailed) as caught:
+                runner.run(endless_plan, b"", [b"example"])
+            ended.append(caught.value.reason)
+
+        thread = threading.Thread(target=endless, daemon=True)
+        thread.start()
+        time.sleep(0.5)
+        start = time.perf_counter()
+        runner.cancel()
+        thread.join(10)
+        assert time.perf_counter() - start < 1
+        assert ended == [Reason.RUN_CANCELLED]
+    runner.cancel()
+    checkpoint = client_checkpoint(dense_weights)
+    assert runner.run(reference_plan("client_only_plan.pb"), checkpoint, dense_data[2]).example_count == 20
+
+
+def test_cancelling_the_await_ends_the_run_that_computes_or_waits_and_no_other(
+    runner, endless_plan, reference_plan, dense_data, dense_weights
+):
+    async def scenario():
+        first, second = (asyncio.create_task(runner.train(endless_plan, b"", [b"example"])) for _ in range(2))
+        plan, checkpoint = reference_plan("client_only_plan.pb"), client_checkpoint(dense_weights)
+        third = asyncio.create_task(runner.train(plan, checkpoint, dense_data[2]))
+        await asyncio.sleep(0.5)
+        start = time.perf_counter()
+        second.cancel()
+        first.cancel()
+        result = await third
+        seconds = time.perf_counter() - start
+        ends = await asyncio.gather(first, second, return_exceptions=True)
+        return result, seconds, [type(end) for end in ends]
+
+    runner.prepare(reference_plan("client_only_plan.pb"))
+    runner.prepare(endless_plan)
+    result, seconds, ends = asyncio.run(scenario())
+    assert result.example_count == 20
+    assert seconds < 1
+    assert ends == [asyncio.CancelledError] * 2
+
+
+def test_a_run_over_its_time_limit_fails_and_says_so(endless_plan):
+    with closing(PlanRunner(time_limit=0.2)) as hurried:
+        with pytest.raises(DeviceRunFailed, match=r"may compute for 0\.2 s") as caught:
+            hurried.run(endless_plan, b"", [b"example"])
+        assert caught.value.reason is Reason.PLAN_COMPUTATION_FAILED
+
+
+def quoted_number(examples):
+    import tensorflow as tf
+
+    return examples.reduce(tf.constant(0.0), lambda state, one: state + tf.strings.to_number(one))
+
+
+def quoted_index(examples):
+    import tensorflow as tf
+
+    length = examples.reduce(tf.constant(0), lambda state, one: state + tf.strings.length(one))
+    return tf.gather(tf.constant([0.0, 1.0]), length)
+
+
+@pytest.mark.parametrize(
+    ("values", "secret"), [(quoted_number, b"my secret"), (quoted_index, b"x" * 4711)], ids=["text", "index"]
+)
+def test_a_failure_does_not_quote_an_example(runner, values, secret):
+    with pytest.raises(DeviceRunFailed) as caught:
+        runner.run(own_plan(values), b"", [secret])
+    assert caught.value.reason is Reason.PLAN_COMPUTATION_FAILED
+    assert "InvalidArgumentError in " in caught.value.detail
+    assert "secret" not in caught.value.detail
+    assert "4711" not in caught.value.detail
+
+
+def test_importing_the_runtime_loads_neither_tensorflow_nor_numpy():
+    code = "import fedcompute.device.plan_runner, sys; sys.exit(bool({'tensorflow', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert Path(sys.executable).exists()

@@ -26,7 +26,13 @@ from fedcompute.device.protocol import RetryWindow
 from fedcompute.device.runtime import PHASES, Device, DeviceSettings
 from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import Reason
-from fedcompute.protos import eligibility_pb2, federatedcompute_pb2, plan_pb2, task_assignments_pb2
+from fedcompute.protos import (
+    eligibility_pb2,
+    example_query_result_pb2,
+    federatedcompute_pb2,
+    plan_pb2,
+    task_assignments_pb2,
+)
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 
 POPULATION = "digits"
@@ -452,18 +458,45 @@ def test_a_failed_training_whose_report_fails_waits_as_usual(server, runner):
 def test_a_plan_with_an_unknown_operation_is_named_and_reported(server, worker, runner):
     server.plan = server.plan.replace(b"L2Loss", b"L3Loss")
     outcome = run(server, worker, runner)
-    assert (outcome.reason, outcome.phase) == (Reason.PLAN_COMPUTATION_FAILED, "train")
+    assert (outcome.reason, outcome.phase) == (Reason.OPS_NOT_SUPPORTED, "train")
     assert "FlexL3Loss" in outcome.detail
-    assert server.reports() == [RESULTS.FAILED_MODEL_COMPUTATION]
+    assert outcome.retry_window == 86_400.0
+    assert server.reports() == [RESULTS.FAILED_OPS_ERROR]
 
 
-def test_a_plan_that_does_not_train_is_reported_as_failed(server, worker, runner):
-    plan = plan_pb2.ClientOnlyPlan()
-    plan.phase.example_query_spec.SetInParent()
-    server.plan = plan.SerializeToString()
+def test_a_plan_without_a_computation_is_reported_as_failed(server, worker, runner):
+    server.plan = plan_pb2.ClientOnlyPlan(phase=plan_pb2.ClientPhase()).SerializeToString()
     outcome = run(server, worker, runner)
     assert (outcome.reason, outcome.retry_window) == (Reason.PLAN_UNSUPPORTED, None)
     assert server.reports() == [RESULTS.FAILED]
+
+
+def analytics_plan(**aggregation):
+    plan = plan_pb2.ClientOnlyPlan()
+    vectors = plan.phase.example_query_spec.example_queries.add().output_vector_specs
+    vectors["visits"].vector_name = "v"
+    vectors["visits"].data_type = plan_pb2.ExampleQuerySpec.OutputVectorSpec.INT64
+    plan.phase.federated_example_query.aggregations["visits"].CopyFrom(plan_pb2.AggregationConfig(**aggregation))
+    return plan.SerializeToString()
+
+
+def test_an_analytics_plan_uploads_its_vectors(server, runner):
+    server.plan = analytics_plan(tf_v1_checkpoint_aggregation=plan_pb2.TFV1CheckpointAggregation())
+    answer = example_query_result_pb2.ExampleQueryResult()
+    answer.vector_data.vectors["v"].int64_values.value.extend([3, 4])
+    outcome = run(server, Records([answer.SerializeToString()]), runner)
+    assert outcome.success
+    body = server.sent("/upload")[0][3]
+    update = read_checkpoint(open_update(body, {KEY.id: KEY.private_key}, allow_plaintext=False, limit=1 << 24))
+    assert list(update) == ["visits"]
+    assert update["visits"].tolist() == [3, 4]
+
+
+def test_a_failed_analytics_plan_comes_back_without_a_day_of_delay(server, worker, runner):
+    server.plan = analytics_plan(secure_aggregation=plan_pb2.SecureAggregationConfig())
+    outcome = run(server, worker, runner)
+    assert (outcome.reason, outcome.retry_window, outcome.counted) == (Reason.PLAN_ARGUMENT_INVALID, None, True)
+    assert server.reports() == [RESULTS.FAILED_MODEL_COMPUTATION]
 
 
 def test_a_report_answered_404_drops_the_update(server, worker, runner):

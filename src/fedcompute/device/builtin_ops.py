@@ -38,15 +38,31 @@ def _reduce(function: Callable[..., Any]) -> Build:
 
 def _fully_connected(call: Call) -> Any:
     x, weights = call.inputs[:2]
-    product = tf.linalg.matmul(tf.reshape(x, [-1, tf.shape(weights)[1]]), weights, transpose_b=True)
-    if call.options.keepNumDims:
-        product = tf.reshape(product, tf.concat([tf.shape(x)[:-1], tf.shape(weights)[:1]], 0))
+    depth = weights.shape[1] if weights.shape.rank == 2 else None
+    if x.shape.rank != 2 or depth is None or x.shape[1] != depth:
+        x = tf.reshape(x, [-1, tf.shape(weights)[1] if depth is None else depth])
+    product = tf.linalg.matmul(x, weights, transpose_b=True)
+    if call.options.keepNumDims and call.inputs[0].shape.rank != 2:
+        product = tf.reshape(product, tf.concat([tf.shape(call.inputs[0])[:-1], tf.shape(weights)[:1]], 0))
     return _with_bias(product, call.inputs, 2)
 
 
 def _with_bias(value: Any, inputs: list[Any], index: int) -> Any:
     bias = inputs[index] if len(inputs) > index else None
-    return value if bias is None else value + bias
+    # The converter fills in zeros where there is no bias.
+    constant = None if bias is None else tf.get_static_value(bias)
+    if bias is None or (constant is not None and not constant.any()):
+        return value
+    return _sum(value, bias)
+
+
+def _sum(x: Any, y: Any) -> Any:
+    """x + y, as a bias where one is a vector along the other's last dimension: TensorFlow fuses those."""
+    for value, bias in ((x, y), (y, x)):
+        wide = value.shape.rank is not None and value.shape.rank > 1 and value.dtype.is_floating
+        if wide and bias.shape.rank == 1 and bias.shape[0] is not None and bias.shape[0] == value.shape[-1]:
+            return tf.nn.bias_add(value, bias)
+    return tf.add(x, y)
 
 
 def _padding(options: Any) -> str:
@@ -93,6 +109,25 @@ def _transpose_conv(call: Call) -> Any:
         strides=_strides(call.options),
         padding=_padding(call.options),
     )
+    return _with_bias(value, call.inputs, 3)
+
+
+def _volume(options: Any) -> dict[str, Any]:
+    return {
+        "strides": [1, options.strideD, options.strideH, options.strideW, 1],
+        "padding": _padding(options),
+        "dilations": [1, options.dilationDFactor, options.dilationHFactor, options.dilationWFactor, 1],
+    }
+
+
+def _conv_3d(call: Call) -> Any:
+    value = raw.Conv3D(input=call.inputs[0], filter=call.inputs[1], **_volume(call.options))
+    return _with_bias(value, call.inputs, 2)
+
+
+def _conv_3d_transpose(call: Call) -> Any:
+    shape, weights, x = call.inputs[:3]
+    value = raw.Conv3DBackpropInputV2(input_sizes=shape, filter=weights, out_backprop=x, **_volume(call.options))
     return _with_bias(value, call.inputs, 3)
 
 
@@ -149,6 +184,16 @@ def _random(function: Callable[..., Any]) -> Build:
     )
 
 
+def _multinomial(call: Call) -> Any:
+    return raw.Multinomial(
+        logits=call.inputs[0],
+        num_samples=call.inputs[1],
+        seed=call.options.seed,
+        seed2=call.options.seed2,
+        output_dtype=call.outputs[0].dtype,
+    )
+
+
 def _arg(function: Callable[..., Any]) -> Build:
     return lambda call: function(call.inputs[0], axis=call.inputs[1], output_type=call.outputs[0].dtype)
 
@@ -156,10 +201,13 @@ def _arg(function: Callable[..., Any]) -> Build:
 BUILTINS: Mapping[str, Build] = {
     # Arithmetic
     "ABS": _of(tf.abs),
-    "ADD": _of(tf.add),
+    "ADD": _of(_sum),
     "ADD_N": lambda call: tf.add_n(call.inputs),
     "ATAN2": _of(tf.atan2),
+    "BITCAST": lambda call: tf.bitcast(call.inputs[0], call.outputs[0].dtype),
+    "BITWISE_XOR": _of(tf.bitwise.bitwise_xor),
     "CEIL": _of(tf.math.ceil),
+    "COMPLEX_ABS": _of(tf.abs),
     "COS": _of(tf.cos),
     "CUMSUM": lambda call: tf.cumsum(
         call.inputs[0], call.inputs[1], exclusive=call.options.exclusive, reverse=call.options.reverse
@@ -169,12 +217,16 @@ BUILTINS: Mapping[str, Build] = {
     "FLOOR": _of(tf.floor),
     "FLOOR_DIV": _of(tf.math.floordiv),
     "FLOOR_MOD": _of(tf.math.floormod),
+    "IMAG": _of(tf.math.imag),
     "LOG": _of(tf.math.log),
     "MAXIMUM": _of(tf.maximum),
     "MINIMUM": _of(tf.minimum),
     "MUL": _of(tf.multiply),
     "NEG": _of(tf.negative),
     "POW": _of(tf.pow),
+    "REAL": _of(tf.math.real),
+    "RFFT2D": _of(tf.signal.rfft2d),
+    "RIGHT_SHIFT": _of(tf.bitwise.right_shift),
     "ROUND": _of(tf.round),
     "RSQRT": _of(tf.math.rsqrt),
     "SIGN": _of(tf.sign),
@@ -215,6 +267,9 @@ BUILTINS: Mapping[str, Build] = {
     "BATCH_TO_SPACE_ND": _of(tf.batch_to_space),
     "BROADCAST_ARGS": _of(tf.broadcast_dynamic_shape),
     "BROADCAST_TO": _of(tf.broadcast_to),
+    "BUCKETIZE": lambda call: raw.Bucketize(
+        input=call.inputs[0], boundaries=[float(bound) for bound in call.options.boundaries]
+    ),
     "CAST": lambda call: tf.cast(call.inputs[0], call.outputs[0].dtype),
     "CONCATENATION": lambda call: tf.concat(call.inputs, call.options.axis),
     "DEPTH_TO_SPACE": lambda call: tf.nn.depth_to_space(call.inputs[0], call.options.blockSize),
@@ -269,6 +324,8 @@ BUILTINS: Mapping[str, Build] = {
         call.inputs[0], call.inputs[1], adjoint_a=call.options.adjX, adjoint_b=call.options.adjY
     ),
     "CONV_2D": _conv_2d,
+    "CONV_3D": _conv_3d,
+    "CONV_3D_TRANSPOSE": _conv_3d_transpose,
     "DEPTHWISE_CONV_2D": _depthwise_conv_2d,
     "ELU": _of(tf.nn.elu),
     "FULLY_CONNECTED": _fully_connected,
@@ -282,6 +339,7 @@ BUILTINS: Mapping[str, Build] = {
     "LOGISTIC": _of(tf.sigmoid),
     "LOG_SOFTMAX": _of(tf.nn.log_softmax),
     "MAX_POOL_2D": _pool(raw.MaxPool, "input"),
+    "MULTINOMIAL": _multinomial,
     "PRELU": lambda call: tf.nn.relu(call.inputs[0]) + call.inputs[1] * tf.minimum(call.inputs[0], 0.0),
     "RANDOM_STANDARD_NORMAL": _random(raw.RandomStandardNormal),
     "RANDOM_UNIFORM": _random(raw.RandomUniform),

@@ -19,7 +19,11 @@ def in_process(worker: IsolatedWorker) -> ExampleSource:
     """A worker of this very process, on a thread: for simulated devices, whose code is trusted."""
 
     async def ask(request: TrainingExampleInput) -> TrainingExampleOutput:
-        return await asyncio.to_thread(worker.on_training_examples, request)
+        try:
+            return await asyncio.to_thread(worker.on_training_examples, request)
+        except Exception as error:  # a developer's code may raise anything; it costs this run only
+            detail = f"the worker raised {type(error).__name__}: {error}"
+            raise DeviceRunFailed(Reason.EXAMPLES_FAILED, detail) from error
 
     return ask
 
@@ -29,7 +33,8 @@ async def query_examples(
 ) -> tuple[TrainingExampleRecord, ...]:
     """All records of the worker, at least one and at least `min_count`, within `timeout` seconds.
 
-    Raises DeviceRunFailed (EXAMPLES_FAILED) if the worker raises, is late, answers something else or has too few.
+    Raises DeviceRunFailed (EXAMPLES_FAILED) if the worker is late, answers something else or has too few, else what
+    the source raises.
     """
     try:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the answer.
@@ -37,10 +42,6 @@ async def query_examples(
             output = await source(request)
     except TimeoutError:
         raise DeviceRunFailed(Reason.EXAMPLES_FAILED, f"the worker gave no examples within {timeout} s") from None
-    except DeviceRunFailed:
-        raise
-    except Exception as error:  # a developer's code may raise anything; it costs this run only
-        raise DeviceRunFailed(Reason.EXAMPLES_FAILED, f"the worker raised {type(error).__name__}: {error}") from error
     records = tuple(output.training_example_records) if isinstance(output, TrainingExampleOutput) else ()
     if not all(isinstance(record, TrainingExampleRecord) for record in records):
         raise DeviceRunFailed(Reason.EXAMPLES_FAILED, "the worker's records are no TrainingExampleRecord")

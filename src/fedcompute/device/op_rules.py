@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedcompute.device.builtin_ops import BUILTINS
+from tensorflow.core.framework import node_def_pb2
+from tensorflow.python.util import _pywrap_kernel_registry
+
+from fedcompute.device.builtin_ops import ACTIVATIONS, BUILTINS
 from fedcompute.device.flatbuffer import Operator, Subgraph
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.models.plain_ops import is_known_op, is_plain_op
@@ -11,8 +14,9 @@ EXTERNAL_DATASET = "ExternalDataset"
 CONTROL_FLOW = frozenset({"IF", "WHILE"})
 # Operators whose first input is the name of a file: they get the run's own two files and no other.
 FILE_OPS = frozenset({"RestoreV2", "SaveSlices"})
+_REMEDY = "build the task again with operations that docs/plan-operations.md lists as run here"
 # They handle data sets, iterators, optionals, tensor lists, functions of the plan or a random state, all of this run.
-_LISTED = frozenset(
+LISTED = frozenset(
     {
         "AnonymousIteratorV3",
         "Assert",
@@ -55,25 +59,53 @@ _LISTED = frozenset(
 
 
 def check_operators(program: Sequence[Subgraph]) -> None:
-    """Raises ArtifactInvalid (PLAN_UNSUPPORTED) that names every operation which is unknown or not allowed here.
+    """Raises ArtifactInvalid: OPS_NOT_SUPPORTED that names every operation which is unknown or not allowed here or has
+    no kernel, PLAN_UNSUPPORTED for a quantized model.
 
     Formal guarantees: of a program that passes, only `FILE_OPS` take file names, and the translator binds those to
     the input and output file of the run. Every other operation is listed here or, by TensorFlow's own registry, a
     function of plain tensors: without state, handles, functions, paths or addresses. This is no sandbox: it trusts
     the registry and the kernels.
     """
-    refused = sorted({operator.name for graph in program for operator in graph.operators if not _allowed(operator)})
+    offences = (_offence(operator) for graph in program for operator in graph.operators)
+    refused = sorted({offence for offence in offences if offence is not None})
     if refused:
-        raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"operations that do not run here: {', '.join(refused)}")
+        detail = f"operations that do not run here: {', '.join(refused)}"
+        raise ArtifactInvalid(Reason.OPS_NOT_SUPPORTED, detail, remedy=_REMEDY)
     quantized = [tensor.name for graph in program for tensor in graph.tensors if tensor.quantized]
     if quantized:
         raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"quantized tensor {quantized[0]}")
 
 
-def _allowed(operator: Operator) -> bool:
-    if operator.node is None:
-        return operator.name in BUILTINS or operator.name in CONTROL_FLOW
-    name = operator.node.op
+def runs_builtin(name: str) -> bool:
+    """Whether TFLite's builtin operation of this schema name runs here."""
+    return name in BUILTINS or name in CONTROL_FLOW
+
+
+def runs_flex(name: str) -> bool:
+    """Whether the TensorFlow operation runs here, inside a client plan."""
     if name == EXTERNAL_DATASET or name in FILE_OPS:
         return True
-    return is_plain_op(name) or (name in _LISTED and is_known_op(name))
+    return is_plain_op(name) or (name in LISTED and is_known_op(name))
+
+
+def _offence(operator: Operator) -> str | None:
+    """The operation, with what is wrong where its name does not say it; None if it may run."""
+    if operator.node is None:
+        if not runs_builtin(operator.name):
+            return operator.name
+        activation = getattr(operator.options, "fusedActivationFunction", 0)
+        return None if activation in ACTIVATIONS else f"{operator.name} with activation {activation}"
+    if not runs_flex(operator.node.op):
+        return operator.name
+    return None if _has_kernel(operator.node) else f"{operator.name} without a kernel for its types"
+
+
+def _has_kernel(node: node_def_pb2.NodeDef) -> bool:
+    # The translator puts another operation in its place.
+    if node.op == EXTERNAL_DATASET:
+        return True
+    placed = node_def_pb2.NodeDef()
+    placed.CopyFrom(node)
+    placed.device = "/CPU:0"
+    return bool(_pywrap_kernel_registry.TryFindKernelClass(placed.SerializeToString()))

@@ -33,6 +33,8 @@ _RESULTS = task_assignments_pb2.ReportResultRequest
 _RESULT_OF: Mapping[Reason, Result] = {
     Reason.PLAN_ARGUMENT_INVALID: _RESULTS.FAILED_MODEL_COMPUTATION,
     Reason.PLAN_COMPUTATION_FAILED: _RESULTS.FAILED_MODEL_COMPUTATION,
+    Reason.CHECKPOINT_TOO_LARGE: _RESULTS.FAILED_MODEL_COMPUTATION,
+    Reason.UPLOAD_TOO_LARGE: _RESULTS.FAILED_MODEL_COMPUTATION,
     Reason.EXAMPLES_FAILED: _RESULTS.FAILED_EXAMPLE_GENERATION,
     Reason.OPS_NOT_SUPPORTED: _RESULTS.FAILED_OPS_ERROR,
 }
@@ -263,7 +265,7 @@ class Device:
         with run.enter("examples"):
             try:
                 return await self._ask_worker(assignment, 0)
-            except DeviceRunFailed:
+            except FedComputeError:
                 await self._report_failure(assignment, _RESULTS.FAILED_EXAMPLE_GENERATION)
                 raise
 

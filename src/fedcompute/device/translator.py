@@ -1,6 +1,6 @@
 """A TFLite client graph as a TensorFlow graph: the flatbuffer that phones run, on any TensorFlow (spec 16.5)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,16 @@ import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, node_def_pb2
 from tensorflow.python.framework import op_def_registry
 
+from fedcompute.device import data_sets
 from fedcompute.device.builtin_ops import ACTIVATIONS, BUILTINS, Call
+from fedcompute.device.data_sets import DataSet
 from fedcompute.device.flatbuffer import Operator, Subgraph, read_flatbuffer
 from fedcompute.device.op_rules import CONTROL_FLOW, EXTERNAL_DATASET, FILE_OPS, check_operators
 from fedcompute.errors import ArtifactInvalid, FedComputeError, Reason
+
+_SEEDS = ("seed", "seed2")
+# A large model has some thousand; subgraphs that call each other could make any number.
+_MAX_OPERATIONS = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ def translate(flatbuffer: bytes) -> TranslatedGraph:
     """Rebuilds a TFLite flatbuffer as a TensorFlow graph.
 
     Examples enter as a tensor and never as a file, so no training data reaches the disk.
-    Raises ArtifactInvalid: PLAN_MALFORMED if the bytes are no such program, PLAN_UNSUPPORTED naming the operations
-    that do not run here; both before anything of the plan has run.
+    Raises ArtifactInvalid: PLAN_MALFORMED if the bytes are no such program, OPS_NOT_SUPPORTED naming the operations
+    that do not run here, PLAN_UNSUPPORTED for other parts that do not; all before anything of the plan has run.
     """
     program = read_flatbuffer(flatbuffer)
     if not program:
@@ -75,6 +81,8 @@ class _Translation:
         self.program = program
         self.examples = examples
         self.depth = 0
+        self.built = 0
+        self.seeded = any(_is_seeded(operator) for graph in program for operator in graph.operators)
 
     def subgraph(self, number: int, arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Adds subgraph `number`, applied to `arguments`: its outputs, and the operations with side effects."""
@@ -89,6 +97,9 @@ class _Translation:
         self.depth += 1
         values: dict[int, Any] = dict(zip(graph.inputs, arguments, strict=True))
         effects: list[Any] = []
+        self.built += len(graph.operators)
+        if self.built > _MAX_OPERATIONS:
+            raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"a graph of more than {_MAX_OPERATIONS} operations")
         for operator in graph.operators:
             ordered = operator.name in CONTROL_FLOW or _is_stateful(operator)
             # TFLite executes in list order; between operations with effects the order is part of the meaning.
@@ -101,7 +112,7 @@ class _Translation:
             if ordered:
                 effects.append(operation if operation is not None else results[0].op)
         self.depth -= 1
-        return [self._value(graph, values, index) for index in graph.outputs], effects
+        return [_tensor(self._value(graph, values, index)) for index in graph.outputs], effects
 
     def _graph_at(self, number: int) -> Subgraph:
         if not 0 <= number < len(self.program):
@@ -119,6 +130,9 @@ class _Translation:
 
     def _operator(self, graph: Subgraph, operator: Operator, inputs: list[Any]) -> tuple[list[Any], Any]:
         """The operation's outputs, and the operation itself where there may be none."""
+        if operator.node is not None and (data := self._data_set(graph, operator, inputs)) is not None:
+            return data, None
+        inputs = [_tensor(value) for value in inputs]
         if operator.name == "IF":
             return self._if(operator, inputs), None
         if operator.name == "WHILE":
@@ -129,10 +143,62 @@ class _Translation:
         declared = tuple(graph.tensors[index] for index in operator.outputs)
         results = BUILTINS[operator.name](Call(inputs, operator.options, declared))
         results = list(results) if isinstance(results, (list, tuple)) else [results]
-        activation = ACTIVATIONS.get(getattr(operator.options, "fusedActivationFunction", 0))
-        if activation is None:
-            raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"fused activation of {operator.name}")
+        activation = ACTIVATIONS[getattr(operator.options, "fusedActivationFunction", 0)]
         return [activation(result) for result in results], None
+
+    def _data_set(self, graph: Subgraph, operator: Operator, inputs: list[Any]) -> list[Any] | None:
+        """The outputs of an operation on a data set over the examples, None for any other operation."""
+        node = operator.node
+        assert node is not None
+        if node.op == EXTERNAL_DATASET:
+            return [data_sets.source(self.examples)]
+        if not inputs or not isinstance(data := inputs[0], DataSet):
+            return None
+
+        def handle() -> Any:
+            return self._flex(graph, operator, [_tensor(value) for value in inputs]).outputs[0]
+
+        match node.op:
+            case "TakeDataset":
+                return [data_sets.take(data, inputs[1], handle)]
+            case "BatchDatasetV2":
+                batches = data_sets.batch(data, self.examples, inputs[1], inputs[2], handle)
+                return None if batches is None else [batches]
+            # A session keeps what its random operations have drawn, and a run must not depend on the one before.
+            case "MapDataset" | "ReduceDataset" if not self.seeded:
+                return self._applied(graph, operator, data, inputs[1:], handle)
+        return None
+
+    def _applied(
+        self, graph: Subgraph, operator: Operator, data: DataSet, inputs: list[Any], handle: Callable[[], Any]
+    ) -> list[Any]:
+        """A data set's function as a part of this graph: a further data set, or the final state of a reduction.
+
+        `inputs`: the state of a reduction, then what the function captures.
+        """
+        node = operator.node
+        assert node is not None
+        count = len(node.attr["Tstate"].list.type) if node.op == "ReduceDataset" else 0
+        start, captured = inputs[:count], inputs[count:]
+        shapes = _element_shapes(graph, operator.inputs[0])
+        number = self._number(operator, node.attr["f"].func.name, count + len(shapes) + len(captured))
+
+        def function(state: list[Any], element: list[Any]) -> list[Any]:
+            return self._branch(number, [*state, *data_sets.shaped(element, shapes), *captured])
+
+        if node.op == "MapDataset":
+            return [data_sets.mapped(data, lambda element: function([], element), handle)]
+        return data_sets.reduced(data, start, function, _shapes(node)[:count])
+
+    def _number(self, operator: Operator, name: str, arguments: int) -> int:
+        """The number of the subgraph called `name`, which takes so many arguments."""
+        numbers = [number for number, candidate in enumerate(self.program) if candidate.name == name]
+        if not numbers:
+            raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{operator.name} names a function that the plan lacks")
+        wanted = len(self.program[numbers[0]].inputs)
+        if arguments != wanted:
+            raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{operator.name}: {name} takes {wanted} values")
+        return numbers[0]
 
     def _branch(self, number: int, arguments: Sequence[Any]) -> list[Any]:
         outputs, effects = self.subgraph(number, arguments)
@@ -169,8 +235,6 @@ class _Translation:
     def _flex(self, graph: Subgraph, operator: Operator, inputs: list[Any]) -> Any:
         node = operator.node
         assert node is not None
-        if node.op == EXTERNAL_DATASET:
-            return tf.raw_ops.TensorSliceDataset(components=[self.examples], output_shapes=[[]]).op
         if node.op in FILE_OPS and (graph is not self.program[0] or operator.inputs[0] not in graph.inputs):
             raise ArtifactInvalid(Reason.PLAN_UNSUPPORTED, f"{node.op} of a file that is not the run's own")
         known = {attribute.name for attribute in op_def_registry.get(node.op).attr}
@@ -186,25 +250,20 @@ class _Translation:
         """Traces the subgraph called `name` as a function on the elements of the data set in `inputs[0]`."""
         node = operator.node
         assert node is not None
-        numbers = [number for number, candidate in enumerate(self.program) if candidate.name == name]
-        if not numbers:
-            raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{operator.name} names a function that the plan lacks")
-        target = self.program[numbers[0]]
         state = len(node.attr["Tstate"].list.type) if node.op == "ReduceDataset" else 0
         shapes = [
             *(_shapes(node)[:state]),
             *_element_shapes(graph, operator.inputs[0]),
             *(value.shape for value in inputs[1 + state :]),
         ]
-        if len(shapes) != len(target.inputs):
-            raise ArtifactInvalid(Reason.PLAN_MALFORMED, f"{operator.name}: {name} takes {len(target.inputs)} values")
+        target = self._number(operator, name, len(shapes))
         specs = [
-            tf.TensorSpec(shape, target.tensors[index].dtype)
-            for shape, index in zip(shapes, target.inputs, strict=True)
+            tf.TensorSpec(shape, self.program[target].tensors[index].dtype)
+            for shape, index in zip(shapes, self.program[target].inputs, strict=True)
         ]
 
         def body(*arguments: Any) -> list[Any]:
-            return self._branch(numbers[0], arguments)
+            return self._branch(target, arguments)
 
         function = tf.function(body, autograph=False).get_concrete_function(*specs)
         function.add_to_graph(tf.compat.v1.get_default_graph())
@@ -218,11 +277,24 @@ def _placeholder(main: Subgraph, index: int) -> Any:
     return tf.compat.v1.placeholder(tensor.dtype, [] if tensor.dtype == tf.string else None)
 
 
+def _tensor(value: Any) -> Any:
+    """The value as a tensor, for operations that know no other data sets than TensorFlow's."""
+    return value.handle() if isinstance(value, DataSet) else value
+
+
 def _is_stateful(operator: Operator) -> bool:
-    if operator.node is None:
+    # The registry may not know ExternalDataset, and reading the examples changes nothing.
+    if operator.node is None or operator.node.op == EXTERNAL_DATASET:
         return False
     definition = op_def_registry.get(operator.node.op)
     return operator.node.op in FILE_OPS or (definition is not None and definition.is_stateful)
+
+
+def _is_seeded(operator: Operator) -> bool:
+    """Whether an operation draws random numbers that are the same whenever it starts anew."""
+    if operator.node is None:
+        return any(getattr(operator.options, name, 0) for name in _SEEDS)
+    return _is_stateful(operator) and any(operator.node.attr[name].i for name in _SEEDS if name in operator.node.attr)
 
 
 def _shapes(node: node_def_pb2.NodeDef) -> list[Any]:
