@@ -36,6 +36,8 @@ class RequestLogRecord:
     id: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.id < 2**63:
+            raise ValueError(f"id is {self.id}, which the device never gave")
         for row in self.rows:
             check_columns(row)
 
@@ -90,7 +92,11 @@ class LogReader:
 
 
 def _bounds(start: datetime, end: datetime) -> tuple[int, int]:
-    low, high = (round(one.astimezone(UTC).timestamp() * 1000) for one in (start, end))
+    refusal = f"from {start} to {end}: the end must lie after the start, the start not before 1970"
+    try:
+        low, high = (round(one.astimezone(UTC).timestamp() * 1000) for one in (start, end))
+    except OverflowError:
+        raise ValueError(refusal) from None
     if low < 0 or high <= low:
-        raise ValueError(f"from {start} to {end}: the end must lie after the start, the start not before 1970")
+        raise ValueError(refusal)
     return low, high

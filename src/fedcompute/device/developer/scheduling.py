@@ -1,12 +1,15 @@
 """How a service has a model trained (spec/device.md 6.1, 7.3)."""
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 
 from fedcompute.device.developer.connection import Ask, Refused
 from fedcompute.device.developer.errors import ErrorCode, IllegalState, OnDevicePersonalizationException, Status
+
+_LOG = logging.getLogger(__name__)
 
 
 class SchedulingMode(IntEnum):
@@ -62,7 +65,7 @@ class FederatedComputeScheduler:
         self._ask = ask
 
     def schedule(self, params: Params, compute_input: FederatedComputeInput) -> None:
-        """Schedules a task, or renews it. A refusal of the device goes to its log and nowhere else.
+        """Schedules a task, or renews it. A refusal of the device is logged and has no other consequence.
 
         Raises ValueError for an empty population or a recurrent task without an interval, IllegalState in an operation
         that may not schedule.
@@ -70,8 +73,7 @@ class FederatedComputeScheduler:
         try:
             self._schedule(params, compute_input.population_name)
         except Refused as refused:
-            if refused.status == Status.PERMISSION_DENIED:
-                raise IllegalState(refused.detail) from None
+            _log(refused, "not scheduled")
 
     async def schedule_request(self, request: FederatedComputeScheduleRequest) -> FederatedComputeScheduleResponse:
         """`schedule` that tells how it went.
@@ -94,8 +96,7 @@ class FederatedComputeScheduler:
         try:
             self._ask("scheduler.cancel", (compute_input.population_name,), None)
         except Refused as refused:
-            if refused.status == Status.PERMISSION_DENIED:
-                raise IllegalState(refused.detail) from None
+            _log(refused, "not cancelled")
 
     def _schedule(self, params: Params, population: str) -> None:
         interval = params.training_interval
@@ -106,3 +107,10 @@ class FederatedComputeScheduler:
         if recurrent and milliseconds <= 0:
             raise ValueError("a recurrent task needs a minimum interval of at least a millisecond")
         self._ask("scheduler.schedule", (population, recurrent, max(milliseconds, 0)), None)
+
+
+def _log(refused: Refused, what: str) -> None:
+    """Raises IllegalState for a facility that the operation lacks; a refusal goes to what the service prints."""
+    if refused.status == Status.PERMISSION_DENIED:
+        raise IllegalState(refused.detail) from None
+    _LOG.warning("%s: %s", what, refused)

@@ -25,10 +25,10 @@ class AppInfo:
 
 @dataclass(frozen=True)
 class UserData:
-    """The situation as of at most four hours ago.
+    """The situation as the device knows it now.
 
     `timezone_utc_offset`: whole minutes. `battery_percentage`: 0 to 100; a device on mains power says 100.
-    `network_type`: "wifi", "ethernet", "cellular" or "none". `app_infos`: by package, empty unless the service is
+    `network_type`: "unmetered", "metered" or "none". `app_infos`: by package, empty unless the service is
     listed in `platform_data_for_execute_allowlist`.
     """
 

@@ -11,6 +11,7 @@ from fedcompute.device.developer.key_values import KeyValueStore
 from fedcompute.device.developer.log_records import EventLogRecord, RequestLogRecord, Row, check_columns
 
 DEFAULT_BEST_VALUE = -1
+_MAX_BEST_VALUE = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class ExecuteOutput:
     best_value: int = DEFAULT_BEST_VALUE
 
     def __post_init__(self) -> None:
-        if self.best_value < DEFAULT_BEST_VALUE:
-            raise ValueError(f"best_value is {self.best_value}, not at least 0")
+        if not DEFAULT_BEST_VALUE <= self.best_value <= _MAX_BEST_VALUE:
+            raise ValueError(f"best_value is {self.best_value}, not 0 to {_MAX_BEST_VALUE}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class TrainingExampleInput:
     collection_name: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrainingExampleRecord:
     """One serialized `tf.train.Example`, and the token with which the next query resumes behind it."""
 

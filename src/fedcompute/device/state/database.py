@@ -1,5 +1,6 @@
 """A device's file: one SQLite database, versioned, shared by the daemon and the commands at the prompt."""
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -29,23 +30,23 @@ class DeviceDatabase:
         Raises OperationFailed(STORAGE_FAILED) for a file of a newer release or one that is no database.
         """
         self.path = path
-        if path is not None:
-            # Tokens in it speak for the device. What SQLite writes beside its file has the file's mode.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(
-            path if path is not None else ":memory:",
-            timeout=_BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        try:
+            if path is not None:
+                _make(path)
+            self._connection = sqlite3.connect(
+                path if path is not None else ":memory:",
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise _unusable(path, error) from error
         try:
             self._set_up()
         except sqlite3.DatabaseError as error:
             self._connection.close()
-            raise OperationFailed(
-                Reason.STORAGE_FAILED, f"{path} cannot be used: {error}", remedy="name another device directory"
-            ) from error
+            raise _unusable(path, error) from error
         except BaseException:
             self._connection.close()
             raise
@@ -67,6 +68,14 @@ class DeviceDatabase:
         with self._lock:
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
+    def forget(self) -> None:
+        """Call after deleting what shall not be found again: empties the write-ahead log, which has older pages.
+
+        Where another process reads at the same moment the log stays until the next call.
+        """
+        with self._lock:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
     def close(self) -> None:
         with self._lock:
             self._connection.close()
@@ -83,8 +92,9 @@ class DeviceDatabase:
             except BaseException as error:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError):
-                    # A full disk, a file that another process keeps locked, a file system gone read-only.
+                if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError):
+                    # A full disk, a file that another process keeps locked or that is damaged, a file system gone
+                    # read-only. The other kinds are faults of the statement.
                     raise OperationFailed(Reason.STORAGE_FAILED, f"{self.path or 'memory'}: {error}") from error
                 raise
 
@@ -108,3 +118,18 @@ class DeviceDatabase:
                     if statement.strip():
                         tx.execute(statement)
             tx.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _make(path: Path) -> None:
+    """Makes the file, for its owner only, unless it is there. Raises OSError."""
+    # Tokens in it speak for the device. What SQLite writes beside its file has the file's mode. A file that is there
+    # is not opened here: closing it again would drop the locks that SQLite holds on it elsewhere in this process.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _unusable(path: Path | None, error: Exception) -> OperationFailed:
+    why = error.strerror if isinstance(error, OSError) else error
+    return OperationFailed(
+        Reason.STORAGE_FAILED, f"{path} cannot be used: {why}", remedy="name another device directory"
+    )

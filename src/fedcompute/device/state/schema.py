@@ -14,7 +14,6 @@ CREATE TABLE app (
   server TEXT,
   download TEXT,
   sync_token INTEGER,
-  next_download INTEGER NOT NULL DEFAULT 0,
   installed INTEGER NOT NULL
 );
 CREATE UNIQUE INDEX app_component ON app (package, class_name);
@@ -44,7 +43,7 @@ CREATE INDEX task_due ON task (pending, earliest_run);
 CREATE INDEX task_package ON task (package);
 
 CREATE TABLE background_job (
-  job_id INTEGER PRIMARY KEY,
+  name TEXT PRIMARY KEY,
   earliest_run INTEGER NOT NULL,
   last_run_start INTEGER NOT NULL DEFAULT 0,
   last_run_end INTEGER NOT NULL DEFAULT 0
@@ -53,6 +52,7 @@ CREATE TABLE background_job (
 CREATE TABLE registration (
   owner TEXT NOT NULL,
   population TEXT NOT NULL,
+  job_id INTEGER NOT NULL,
   PRIMARY KEY (owner, population)
 );
 CREATE TABLE resumption (
