@@ -9,9 +9,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 quickstart: $(VENV)/.installed
 	$(BIN)/fedcompute quickstart $(ARGS)
 
-# Three at a time on two cores: half of what the tests do is waiting.
+# Four at a time on two cores: half of what the tests do is waiting.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -27,6 +27,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/device.py
+	$(BIN)/python benchmarks/device_daemon.py
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_protos.py

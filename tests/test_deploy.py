@@ -155,14 +155,15 @@ def test_the_service_and_its_settings_file_fit_each_other():
     assert str(settings.data_dir) == "/var/lib/fedcompute"
 
 
-def test_the_unit_is_one_that_systemd_takes(tmp_path):
+@pytest.mark.parametrize("name", ["fedcompute.service", "fedcompute-device.service"])
+def test_a_unit_is_one_that_systemd_takes(name, tmp_path):
     verify = shutil.which("systemd-analyze")
     if verify is None:
         pytest.skip("systemd is not installed")
     program = tmp_path / "fedcompute"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    unit = tmp_path / "fedcompute.service"
-    unit.write_text((DEPLOY / "fedcompute.service").read_text().replace("/opt/fedcompute/bin/fedcompute", str(program)))
+    unit = tmp_path / name
+    unit.write_text((DEPLOY / name).read_text().replace("/opt/fedcompute/bin/fedcompute", str(program)))
     told = subprocess.run([verify, "verify", unit], capture_output=True, text=True, timeout=60)
     assert (told.returncode, told.stderr) == (0, "")

@@ -48,9 +48,9 @@ def shell(tmp_path):
         process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("page", ["task-builder.md", "management-api.md", "storage.md", "operations.md"])
+@pytest.mark.parametrize("page", ["task-builder.md", "management-api.md", "storage.md", "operations.md", "devices.md"])
 def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
-    replaced = {"8080": str(free_port()), "5000": str(free_port()), "/srv": str(tmp_path / "srv")}
+    replaced = {port: str(free_port()) for port in ("8080", "5000", "8000")} | {"/srv": str(tmp_path / "srv")}
     (tmp_path / "srv").mkdir()
     blocks = list(BLOCK.finditer((DOCS / page).read_text()))
     assert blocks

@@ -1,5 +1,6 @@
 """Fixtures of the device tests: the reference's artifacts, and HTTP servers on loopback."""
 
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,30 @@ import uvicorn
 from starlette.applications import Starlette
 
 from fedcompute.device.developer.examples import training_example
+from fedcompute.device.isolation.probe import probe
 from fedcompute.protos import plan_pb2
+
+SERVICE = """
+import os, time
+from datetime import UTC, datetime, timedelta
+from fedcompute.device import *
+
+EVER = datetime(1970, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
+
+class Service(IsolatedService):
+    def on_request(self, request_token):
+        worker = Worker()
+        worker.remote, worker.local = self.get_remote_data(request_token), self.get_local_data(request_token)
+        worker.logs, worker.user_data = self.get_log_reader(request_token), self.get_user_data(request_token)
+        worker.scheduler = self.get_federated_compute_scheduler(request_token)
+        worker.urls = self.get_event_url_provider(request_token)
+        return worker
+
+class Worker(IsolatedWorker):
+    def later(self, population, **interval):
+        self.scheduler.schedule(Params(TrainingInterval(**interval)), FederatedComputeInput(population))
+
+"""
 
 REFERENCE = Path(__file__).resolve().parents[2] / "../shared/fixtures/reference-keras"
 
@@ -71,3 +95,26 @@ def serve():
             thread.join(10)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def isolated():
+    """Skips where the kernel does not isolate workers; a device refuses to run there."""
+    missing = [one.name for one in probe() if not one.enforced]
+    if missing:
+        pytest.skip(f"this machine cannot isolate: {', '.join(missing)}")
+
+
+@pytest.fixture
+def write_service(isolated):
+    """Returns write(folder, hooks) -> folder with the code of `org.example.app.Service`, whose worker has these hooks.
+
+    Hooks reach `self.remote`, `self.local`, `self.logs`, `self.user_data`, `self.scheduler`, `self.urls`, `self.later`.
+    """
+
+    def write(folder: Path, hooks: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "service.py").write_text(SERVICE + textwrap.indent(textwrap.dedent(hooks), "    ") + "\n    pass\n")
+        return folder
+
+    return write

@@ -19,6 +19,7 @@ from fedcompute.device.http import Transport
 from fedcompute.device.owner import Owner
 from fedcompute.device.plan_runner import PlanRunner
 from fedcompute.device.runtime import Device, DeviceSettings
+from fedcompute.device.state.database import DeviceDatabase
 from fedcompute.device.state.history import TaskHistory
 from fedcompute.fleet.devices import Observer, ShardWorker, run_devices
 from fedcompute.fleet.settings import FleetSettings
@@ -150,11 +151,11 @@ def test_a_device_that_restarts_shows_the_token_it_has(group, serving, tmp_path)
         return enrolment.prove(challenge, token)
 
     async def visit(settings):
-        history = TaskHistory(tmp_path / "device.db")
+        history = TaskHistory(DeviceDatabase(tmp_path / "device.db"))
         async with Transport() as transport:
             device = device_of(settings, 0, transport, None, type("Given", (), {"prove": staticmethod(prove)}), history)
             outcome = await device.run_once()
-        history.close()
+        history.database.close()
         return outcome.reason
 
     with serving(data, authentication="enrolment") as settings:

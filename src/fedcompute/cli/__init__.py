@@ -41,6 +41,7 @@ _COMMANDS = {
     "retention": _Entry("fedcompute.cli.retention", "app", "Remove what is old now, or show what is due."),
     "audit": _Entry("fedcompute.cli.audit", "app", "Show what operators have changed or tried to change."),
     "enrolment": _Entry("fedcompute.cli.enrolments", "app", "Enrol devices that prove themselves with a secret."),
+    "device": _Entry("fedcompute.cli.device", "app", "Run this machine as a device: apps, tasks, isolation, logs."),
     "fleet": _Entry("fedcompute.cli.fleet", "fleet", "Run many simulated devices against a server."),
     "metrics": _Entry("fedcompute.cli.metrics", "app", "Plot a task's metrics, or print them as a table."),
     "model": _Entry("fedcompute.cli.model", "app", "Export a round's weights into your model."),

@@ -8,7 +8,7 @@ from fedcompute.device.developer.errors import (
     OnDevicePersonalizationException,
 )
 from fedcompute.device.developer.event_urls import EventUrlProvider
-from fedcompute.device.developer.examples import training_example
+from fedcompute.device.developer.examples import example_query_result, training_example
 from fedcompute.device.developer.key_values import KeyValueStore, MutableKeyValueStore
 from fedcompute.device.developer.log_records import EventLogRecord, LogReader, RequestLogRecord
 from fedcompute.device.developer.scheduling import (
@@ -77,5 +77,6 @@ __all__ = [
     "UserData",
     "WebTriggerInput",
     "WebTriggerOutput",
+    "example_query_result",
     "training_example",
 ]

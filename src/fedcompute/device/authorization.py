@@ -108,6 +108,18 @@ def read_enrolments(path: Path) -> list[Enrolment]:
     return enrolments
 
 
+def read_own_enrolment(path: Path) -> Enrolment:
+    """The enrolment of a file with one line. Raises OperationFailed(SETTINGS_INVALID), as `read_enrolments`."""
+    found = read_enrolments(path)
+    if len(found) != 1:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            f"enrolment: {path} has {len(found)} lines, not one",
+            remedy="give the device one line of the file that `fedcompute enrolment create` wrote",
+        )
+    return found[0]
+
+
 def _unreadable(detail: str) -> OperationFailed:
     return OperationFailed(
         Reason.SETTINGS_INVALID, f"enrolments: {detail}", remedy="use the file that `fedcompute enrolment create` wrote"

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fedcompute.device.plan_rules import validate
@@ -24,7 +24,7 @@ UPDATE_BYTES_LIMIT = 1 << 30
 class PlanResult:
     """What one run made: the update checkpoint's bytes, and how many examples of how many bytes it drew."""
 
-    update: bytes
+    update: bytes = field(repr=False)
     example_count: int
     example_bytes: int
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from fedcompute.device.developer.examples import training_example
+from fedcompute.device.developer.examples import example_query_result, training_example
 from fedcompute.device.developer.worker import (
     IsolatedWorker,
     TrainingExampleInput,
     TrainingExampleOutput,
     TrainingExampleRecord,
 )
-from fedcompute.protos import tensorflow_pb2
+from fedcompute.protos import example_query_result_pb2, tensorflow_pb2
 
 REQUEST = TrainingExampleInput("population", "1")
 
@@ -70,3 +70,30 @@ def test_tensorflow_reads_the_examples():
     np.testing.assert_array_equal(parsed["x"], [[0, 1], [2, 3]])
     assert int(parsed["y"]) == 7
     assert parsed["name"].numpy() == "é".encode()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ([1, 2], "int64_values", [1, 2]),
+        ([True], "bool_values", [True]),
+        ([1, 2.5], "float_values", [1.0, 2.5]),
+        (["a"], "string_values", ["a"]),
+        ([b"\xff"], "bytes_values", [b"\xff"]),
+        (np.array([[1], [2]], np.int32), "int32_values", [1, 2]),
+        (np.array([0.1]), "double_values", [0.1]),
+        (np.array([0.5], np.float32), "float_values", [0.5]),
+        (np.array([], np.int64), "int64_values", []),
+    ],
+)
+def test_vectors_take_the_kind_of_their_values(value, kind, expected):
+    result = example_query_result_pb2.ExampleQueryResult.FromString(example_query_result({"v": value}))
+    vector = result.vector_data.vectors["v"]
+    assert list(getattr(vector, kind).value) == expected
+    assert vector.WhichOneof("values") == kind or not expected
+
+
+@pytest.mark.parametrize("value", [[], None, ["a", b"b"], [1, "a"], [True, 1]])
+def test_a_vector_of_another_kind_is_named(value):
+    with pytest.raises(TypeError, match="'odd'"):
+        example_query_result({"odd": value})

@@ -1,20 +1,33 @@
-"""Attempts in processes that confine themselves first, and what such processes leave behind."""
+"""Attempts in bare confined processes, apps in those of workers, and what both leave behind."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from fedcompute.device.developer.errors import Status
+from fedcompute.device.developer.user_data import UserData
+from fedcompute.device.developer.worker import ExecuteInput, ExecuteOutput
+from fedcompute.device.facilities import Facilities, NotAnswered, Outside
+from fedcompute.device.isolation.frames import encode
+from fedcompute.device.isolation.messages import HOOKS
 from fedcompute.device.isolation.probe import probe
 from fedcompute.device.isolation.sandbox import Restriction
+from fedcompute.device.isolation.worker_call import Called, Service, WorkerFailed, call_worker
+from fedcompute.device.owner import Owner
+from fedcompute.device.state.apps import App
+from fedcompute.device.state.database import DeviceDatabase
 
 MEBIBYTE = 1 << 20
 SECONDS = 60
@@ -155,14 +168,15 @@ class Processes:
     def is_gone(pid: int, seconds: float) -> bool:
         """Whether a process ends within that time; a zombie has ended."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while True:
             try:
                 if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                     return True
             except OSError:
                 return True
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(0.01)
-        return False
 
     @staticmethod
     def descriptors() -> int:
@@ -191,3 +205,119 @@ def processes():
     yield Processes()
     assert Processes.children() <= children
     assert Processes.descriptors() <= descriptors
+
+
+SERVICE = """
+import asyncio, ctypes, msgspec, os, signal, socket, struct, subprocess, sys, threading, time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from fedcompute.device import *
+
+def send(body, announced=None):
+    # What the process says to the device, without anybody's leave.
+    os.write(int(sys.argv[1]), struct.pack(">I", len(body) if announced is None else announced) + body)
+
+def say(kind, **fields):
+    send(msgspec.msgpack.encode({{"type": kind, **fields}}))
+
+def done(**output):
+    say("Done", output=output)
+    time.sleep(60)
+
+class SampleService(IsolatedService):
+    def on_request(self, token):
+        return Worker(self, token)
+
+class Worker(IsolatedWorker):
+    def __init__(self, service, token):
+        self.service, self.token = service, token
+        self.local = service.get_local_data(token)
+
+    {kind} {hook}(self, request):
+{body}
+"""
+
+
+class Device:
+    """One device with an app whose hook is written in the test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.database = DeviceDatabase(directory / "device.db")
+        self.owner = Owner("com.example.app", "com.example.app.SampleService", "A" * 64)
+        self.code = directory / "app"
+        self.code.mkdir()
+        self.scheduled: list[Any] = []
+        self.outside = Outside(
+            database=self.database,
+            user_data=lambda app: UserData(battery_percentage=55),
+            schedule=self.schedule,
+            cancel=lambda app, population: self.scheduled.append(population),
+            event_url=lambda app, *what: f"odp://localhost?e={len(what)}",
+            writes_local=True,
+            local_bytes_limit=100 * MEBIBYTE,
+        )
+
+    def schedule(self, app: App, population: str, recurrent: bool, interval: int) -> None:
+        if population == "refused":
+            raise NotAnswered(Status.FEDERATED_COMPUTE_MANIFEST_INVALID, "the manifest names no server")
+        self.scheduled.append((population, recurrent, interval))
+
+    def write(self, body: str, operation: str = "execute", *, kind: str = "def") -> None:
+        """Makes `body` the app's hook for the operation."""
+        hook, body = HOOKS[operation].method, textwrap.indent(textwrap.dedent(body), " " * 8)
+        (self.code / "sample_service.py").write_text(SERVICE.format(hook=hook, body=body, kind=kind))
+
+    async def calling(
+        self,
+        operation: str = "execute",
+        request: Any = None,
+        *,
+        class_name: str = "com.example.app.SampleService",
+        downloaded: Mapping[str, bytes] | None = None,
+        seconds: float = 20.0,
+        memory: int = 512 * MEBIBYTE,
+    ) -> Called:
+        """Calls the hook that is written."""
+        return await call_worker(
+            Service(str(self.code), class_name),
+            operation,
+            ExecuteInput("com.example.caller") if request is None and operation == "execute" else request,
+            Facilities(self.outside, App(self.owner, self.code), operation, downloaded),
+            seconds=seconds,
+            memory=memory,
+            strict=True,
+        )
+
+    def call(
+        self, body: str, operation: str = "execute", request: Any = None, *, kind: str = "def", **more: Any
+    ) -> Called:
+        self.write(body, operation, kind=kind)
+        return asyncio.run(self.calling(operation, request, **more))
+
+    def works(self) -> bool:
+        """Whether the next call is as if nothing had been before it."""
+        return self.answer(self.call("return ExecuteOutput(best_value=7)")) == self.plain(ExecuteOutput(best_value=7))
+
+    @staticmethod
+    def plain(value: Any) -> Any:
+        """A value as it travels; a list and a tuple are the same then."""
+        return msgspec.msgpack.decode(encode(value))
+
+    @classmethod
+    def answer(cls, called: Called) -> Any:
+        """The output of a call that went well, as it travels."""
+        assert not isinstance(called.result, WorkerFailed), f"{called.result}\n{called.printed}"
+        return cls.plain(called.result)
+
+    @staticmethod
+    def failure(called: Called) -> tuple[Status, str]:
+        """Status and detail of a call that failed."""
+        assert isinstance(called.result, WorkerFailed), called
+        return called.result.platform_status, called.result.detail
+
+
+@pytest.fixture
+def device(tmp_path, confined, processes):
+    device = Device(tmp_path)
+    yield device
+    device.database.close()

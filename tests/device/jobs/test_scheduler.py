@@ -172,6 +172,14 @@ def test_a_wait_is_told_again_when_its_reason_changes_or_it_was_over(bench):
     assert [one[2] for one in bench.told(EventKind.WAITING)] == ["not idle", "no network", "no network"]
 
 
+def test_a_wait_is_not_told_again_because_a_number_in_its_reason_changed(bench):
+    bench.schedule()
+    for minute, load in enumerate((0.86, 1.0, 12.5)):
+        bench.conditions = Conditions(idle=False, load=load)
+        bench.at(NOW + HOUR + minute * MINUTE)
+    assert bench.told() == [("waiting", "digits", "not idle: load 0.86 per processor")]
+
+
 def test_a_forced_task_ignores_constraints_and_keeps_the_checks_at_its_start(bench):
     bench.schedule(recurrent=True, minimum_interval=HOUR)
     bench.conditions = Conditions(idle=False, network=False, battery_percent=29)

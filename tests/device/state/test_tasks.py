@@ -174,8 +174,36 @@ def test_a_job_id_that_another_task_has_is_refused(tx):
     # "Aa" and "BB" have the same hash.
     scheduled(tx, replace(ONE_TIME, population="Aa"))
     why = tasks.schedule(tx, replace(ONE_TIME, population="BB"), NOW, DEFAULTS)
-    assert why == f"job id {OWNER.job_id('Aa')} belongs to population Aa of org.example.app/org.example.app.Service"
+    assert why == f"job id {OWNER.job_id('Aa')} is taken by another task; choose another name"
     assert [task.population for task in tasks.list_tasks(tx)] == ["Aa"]
+
+
+def test_a_task_is_not_cancelled_by_another_name_with_its_job_id(tx):
+    scheduled(tx, replace(ONE_TIME, population="Aa"))
+    assert not tasks.cancel(tx, OWNER, "BB")
+    assert [task.population for task in tasks.list_tasks(tx)] == ["Aa"]
+    assert tasks.cancel(tx, OWNER, "Aa")
+
+
+def test_the_populations_that_are_remembered_without_a_task_are_limited(tx, monkeypatch):
+    monkeypatch.setattr(tasks, "REGISTRATIONS_LIMIT", 3)
+    scheduled(tx, replace(ONE_TIME, population="kept"))
+    for number in range(6):
+        scheduled(tx, replace(ONE_TIME, population=f"p{number}"))
+        tasks.cancel(tx, OWNER, f"p{number}")
+    scheduled(tx, replace(ONE_TIME, population="last"))
+    names = [name for (name,) in tx.execute("SELECT population FROM registration ORDER BY rowid")]
+    assert names == ["kept", "p4", "p5", "last"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a?b", "a#b", "a%b", "a\n", " a", "a" * 256])
+def test_what_cannot_stand_in_a_url_is_no_population(name):
+    assert not tasks.is_population(name)
+
+
+@pytest.mark.parametrize("name", ["digits", "my population", "ziffern-ä", "a" * 255])
+def test_other_names_are_populations(name):
+    assert tasks.is_population(name)
 
 
 def test_due_are_the_forced_then_the_longest_due(tx):

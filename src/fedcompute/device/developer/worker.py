@@ -44,7 +44,7 @@ class ExecuteOutput:
     request_log_record: RequestLogRecord | None = None
     rendering_config: RenderingConfig | None = None
     event_log_records: Sequence[EventLogRecord] = ()
-    output_data: bytes | None = None
+    output_data: bytes | None = field(default=None, repr=False)
     best_value: int = DEFAULT_BEST_VALUE
 
     def __post_init__(self) -> None:
@@ -117,7 +117,8 @@ class TrainingExampleInput:
 class TrainingExampleRecord:
     """One serialized `tf.train.Example`, and the token with which the next query resumes behind it."""
 
-    training_example: bytes
+    # Not in what logs may quote.
+    training_example: bytes = field(repr=False)
     resumption_token: bytes | None = None
 
 

@@ -195,7 +195,7 @@ _ALL = (
     Flag("task_ttl_secs", 604_800, "a task not scheduled again for so long is removed; 0: never", 0, ours=True),
     Flag("training_time_limit_secs", 600, "how long a run may take", 1, 86_400, ours=True),
     Flag("http_request_retry_delay_millis", 200, "pause before a second attempt; it doubles", 0, 60_000, ours=True),
-    Flag("training_memory_bytes", 4 * _GIGABYTE, "private memory of a training", 64 << 20, ours=True),
+    Flag("training_memory_bytes", 4 * _GIGABYTE, "private memory of a training", _GIGABYTE, ours=True),
     Flag("isolated_service_memory_bytes", _GIGABYTE, "private memory of a service", 64 << 20, ours=True),
     Flag("local_data_bytes_limit", 100_000_000, "bytes that a service may store in its local data", 0, ours=True),
     Flag("condition_idle", "auto", "whether the device is idle; auto: asks it", choices=_TRUE_FALSE, ours=True),

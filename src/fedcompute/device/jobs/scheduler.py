@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 LOOK_AGAIN = 60_000
 """Milliseconds after which what keeps a due job from running is looked at again."""
 
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 _WATCH_SECONDS = 1.0
 _BACKGROUND_SECONDS = 600.0
 _STOPPED = "stopped"
@@ -317,9 +319,10 @@ class JobScheduler:
             task = job if isinstance(job, Task) else None
             key = job.job_id if isinstance(job, Task) else job.name
             name = job.population if isinstance(job, Task) else job.name
-            waiting[key] = ", ".join(why)
+            # The numbers in it change all the time.
+            waiting[key] = _NUMBER.sub("", ", ".join(why))
             if self._waiting.get(key) != waiting[key]:
-                self._on_event(Event(now, EventKind.WAITING, name, task, detail=waiting[key]))
+                self._on_event(Event(now, EventKind.WAITING, name, task, detail=", ".join(why)))
         self._waiting = waiting
 
 

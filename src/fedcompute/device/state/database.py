@@ -4,6 +4,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,8 +100,8 @@ class DeviceDatabase:
                 raise
 
     def _set_up(self) -> None:
+        self._use_write_ahead_log()
         # FULL: what has been told to a server must not be forgotten in a power cut.
-        self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
         self._connection.execute("PRAGMA secure_delete = ON")
@@ -118,6 +119,19 @@ class DeviceDatabase:
                     if statement.strip():
                         tx.execute(statement)
             tx.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _use_write_ahead_log(self) -> None:
+        # For this one SQLite does not wait itself: whoever makes a file at the same time may be just as far.
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
 
 def _make(path: Path) -> None:

@@ -6,6 +6,8 @@ from fedcompute.device.owner import Owner
 from fedcompute.device.state.database import Transaction
 
 ENTRIES_LIMIT = 10_000
+# Of older entries what was printed goes first.
+OUTPUTS_LIMIT = 500
 OUTPUT_LIMIT = 64 * 1024
 DETAIL_LIMIT = 4096
 
@@ -28,7 +30,7 @@ class LogEntry:
 
 
 def write_entry(tx: Transaction, entry: LogEntry) -> None:
-    """Appends an entry; the oldest go beyond `ENTRIES_LIMIT`.
+    """Appends an entry; the oldest go beyond `ENTRIES_LIMIT`, and their outputs beyond `OUTPUTS_LIMIT`.
 
     Of the output the last `OUTPUT_LIMIT` characters are kept, of the detail the first `DETAIL_LIMIT`.
     """
@@ -43,7 +45,9 @@ def write_entry(tx: Transaction, entry: LogEntry) -> None:
             entry.output[-OUTPUT_LIMIT:],
         ),
     )
-    tx.execute("DELETE FROM device_log WHERE id <= ?", ((cursor.lastrowid or 0) - ENTRIES_LIMIT,))
+    newest = cursor.lastrowid or 0
+    tx.execute("DELETE FROM device_log WHERE id <= ?", (newest - ENTRIES_LIMIT,))
+    tx.execute("UPDATE device_log SET output = '' WHERE id = ? AND output <> ''", (newest - OUTPUTS_LIMIT,))
 
 
 def read_entries(tx: Transaction, *, owner: Owner | None = None, after: int = 0, limit: int = 100) -> list[LogEntry]:

@@ -14,8 +14,16 @@ from fedcompute.device.owner import Owner
 from fedcompute.device.state.database import Transaction
 from fedcompute.device.state.settings import consent
 
+REGISTRATIONS_LIMIT = 1000
+"""Populations of one owner that are remembered beside those that have a task."""
+
 KILL_SWITCHES = ("global_kill_switch", "federated_compute_kill_switch")
 """The flags of which one that is on stops all federated tasks."""
+
+
+def is_population(name: str) -> bool:
+    """Whether a name can be that of a population: it stands in URLs as it is (spec 1.1)."""
+    return 1 <= len(name) <= 255 and name.isprintable() and name == name.strip() and not set(name) & set("/?#%")
 
 
 class SchedulingReason(IntEnum):
@@ -112,19 +120,27 @@ def schedule(tx: Transaction, request: ScheduleRequest, now: int, flags: Flags) 
             return f"{count} tasks of package {request.owner.package}, the limit is {limit}"
         _put(tx, _new(request, now, flags))
     elif (stored.owner, stored.population) != (request.owner, request.population):
-        return f"job id {request.job_id} belongs to population {stored.population} of {stored.owner.id}"
+        return f"job id {request.job_id} is taken by another task; choose another name"
     else:
         _put(tx, _renewed(stored, request, now, flags))
     tx.execute(
         "INSERT OR IGNORE INTO registration (owner, population, job_id) VALUES (?, ?, ?)",
         (request.owner.digest, request.population, request.job_id),
     )
+    # Of populations without a task the newest stay, so that no service fills the file with names.
+    tx.execute(
+        "DELETE FROM registration WHERE owner = ?1 AND population NOT IN (SELECT population FROM task WHERE owner = ?1)"
+        " AND rowid NOT IN (SELECT rowid FROM registration WHERE owner = ?1 ORDER BY rowid DESC LIMIT ?2)",
+        (request.owner.digest, REGISTRATIONS_LIMIT),
+    )
     return None
 
 
 def cancel(tx: Transaction, owner: Owner, population: str) -> bool:
     """Removes a task; whether there was one. Its registration stays. A run of it in progress is stopped."""
-    return _delete(tx, owner.job_id(population))
+    # Not by the job's number alone: a service could choose a population whose number is that of another one's task.
+    statement = "DELETE FROM task WHERE owner = ? AND population = ?"
+    return tx.execute(statement, (owner.digest, population)).rowcount > 0
 
 
 def find(tx: Transaction, job_id: int) -> Task | None:
