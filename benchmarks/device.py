@@ -37,7 +37,7 @@ from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.builder.op_check import supported_ops
 from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import initial_state, training_process
 from fedcompute.models.functional_model import FunctionalModel, functional_model_from_keras
@@ -51,7 +51,7 @@ FIRST_RUN = """
 import sys, time
 start = time.perf_counter()
 from pathlib import Path
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.protos import plan_pb2
 import tensorflow
 imported = time.perf_counter()

@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from tensorflow.lite.python import schema_py_generated as schema
 
 from fedcompute.builder.op_check import supported_ops
-from fedcompute.device.op_rules import EXTERNAL_DATASET, FILE_OPS, LISTED, runs_builtin, runs_flex
+from fedcompute.device.plans.op_rules import EXTERNAL_DATASET, FILE_OPS, LISTED, runs_builtin, runs_flex
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plan-operations.md"
 # Why a builtin operation is refused: the first pattern that fits its whole name.

@@ -34,6 +34,10 @@ from starlette.routing import Route
 
 from fedcompute.crypto.envelope import open_update
 from fedcompute.crypto.keys import KeyPair, generate_key_pair, public_keys_json
+from fedcompute.device.client.example_store import in_process
+from fedcompute.device.client.http import Retries, Transport
+from fedcompute.device.client.keys import EncryptionKeys, default_url
+from fedcompute.device.client.runtime import Device, DeviceSettings, RunOutcome
 from fedcompute.device.developer.examples import training_example
 from fedcompute.device.developer.worker import (
     IsolatedWorker,
@@ -41,17 +45,13 @@ from fedcompute.device.developer.worker import (
     TrainingExampleOutput,
     TrainingExampleRecord,
 )
-from fedcompute.device.example_store import in_process
-from fedcompute.device.http import Retries, Transport
 from fedcompute.device.jobs.background import background_jobs
 from fedcompute.device.jobs.conditions import Conditions
 from fedcompute.device.jobs.events import Event, describe
 from fedcompute.device.jobs.flags import flags
 from fedcompute.device.jobs.scheduler import JobScheduler
-from fedcompute.device.keys import EncryptionKeys, default_url
 from fedcompute.device.owner import Owner
-from fedcompute.device.plan_runner import PlanResult, PlanRunner
-from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
+from fedcompute.device.plans.plan_runner import PlanResult, PlanRunner
 from fedcompute.device.state import apps, tasks
 from fedcompute.device.state.apps import App
 from fedcompute.device.state.database import DeviceDatabase

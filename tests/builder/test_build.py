@@ -70,7 +70,7 @@ def test_the_reference_model_gives_plans_of_the_reference_form(
 def test_our_plan_and_the_reference_plan_compute_the_same_update(
     reference, reference_group, example, kind, client_name, model_leaf
 ):
-    from fedcompute.device.plan_runner import PlanRunner
+    from fedcompute.device.plans.plan_runner import PlanRunner
 
     state = read_checkpoint(reference_group.training.checkpoint)
     received = {model_leaf.format(i): state[f"server/global_model_weights/trainable/{i}"] for i in range(4)}

@@ -291,7 +291,7 @@ MODELS = {
 
 @pytest.mark.parametrize("form", MODELS)
 def test_plans_that_measure_everything_give_what_keras_gives(form, config, example, tmp_path):
-    from fedcompute.device.plan_runner import PlanRunner
+    from fedcompute.device.plans.plan_runner import PlanRunner
 
     outputs, y_spec, predict, labels, names = MODELS[form]
     weight = saved_matrix(tmp_path / "model", outputs, y_spec, predict)

@@ -16,7 +16,7 @@ from fedcompute.builder.lowering import lower
 from fedcompute.builder.op_check import flex_ops, supported_ops
 from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
 from fedcompute.builder.tflite import prune
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import BuildFailed, Reason
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import evaluation_process, initial_state, training_process

@@ -6,7 +6,7 @@ import stat
 import pytest
 from sqlalchemy import select
 
-from fedcompute.device.authorization import read_enrolments
+from fedcompute.device.client.authorization import read_enrolments
 from fedcompute.server.security.operator_secret import open_sealer
 from fedcompute.server.settings import Settings
 from fedcompute.storage import schema

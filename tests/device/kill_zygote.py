@@ -15,13 +15,13 @@ import sqlite3
 import sys
 from pathlib import Path
 
+from fedcompute.device.client.runtime import RunOutcome
 from fedcompute.device.jobs import scheduler as scheduler_module
 from fedcompute.device.jobs.background import background_jobs
 from fedcompute.device.jobs.conditions import Conditions
 from fedcompute.device.jobs.flags import Flags
 from fedcompute.device.jobs.scheduler import JobScheduler
 from fedcompute.device.owner import Owner
-from fedcompute.device.runtime import RunOutcome
 from fedcompute.device.state import tasks
 from fedcompute.device.state.database import DeviceDatabase
 from fedcompute.device.state.history import Contribution

@@ -9,7 +9,7 @@ import tensorflow as tf
 from fedcompute.builder.build import build_task_group
 from fedcompute.builder.config import read_config
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import ArtifactInvalid, DeviceRunFailed, Reason
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.models.functional_model import FunctionalModel

@@ -13,12 +13,12 @@ from google.protobuf import text_format
 from fedcompute.builder.build import build_task_group
 from fedcompute.builder.config import read_config
 from fedcompute.builder.task_management import register_group
+from fedcompute.device.client.example_store import in_process
+from fedcompute.device.client.http import Transport
+from fedcompute.device.client.runtime import Device, DeviceSettings
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.example_store import in_process
-from fedcompute.device.http import Transport
 from fedcompute.device.owner import Owner
-from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.runtime import Device, DeviceSettings
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.fleet.devices import ShardWorker
 from fedcompute.learning.process import read_state
 from fedcompute.models.functional_model import functional_model_from_keras

@@ -1,7 +1,7 @@
 import asyncio
 import contextlib
 
-from fedcompute.device.runtime import Device, RunOutcome
+from fedcompute.device.client.runtime import Device, RunOutcome
 from fedcompute.fleet.devices import Observer, run_devices
 from fedcompute.fleet.settings import FleetSettings
 

@@ -283,7 +283,7 @@ def _parameter(text: str) -> tuple[str, bool | int | float | str]:
 
 def _warn(what: str, url: str | None) -> None:
     """Of a URL that every request will be refused for."""
-    from fedcompute.device.http import check_url
+    from fedcompute.device.client.http import check_url
 
     try:
         if url is not None:

@@ -224,7 +224,7 @@ def _run_forced(device: "DeviceDirectory", isolation: Isolation, enrolment: Path
     from rich.console import Console
 
     from fedcompute.cli.progress import DeviceLine
-    from fedcompute.device.authorization import read_own_enrolment
+    from fedcompute.device.client.authorization import read_own_enrolment
     from fedcompute.device.daemon import DaemonSettings, open_daemon
     from fedcompute.device.isolation.probe import check_isolation
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedcompute.device.authorization import read_own_enrolment
+from fedcompute.device.client.authorization import read_own_enrolment
 from fedcompute.device.daemon import DaemonSettings, now_ms, open_daemon, printable
 from fedcompute.device.directory import DeviceDirectory
 from fedcompute.device.isolation.probe import check_isolation

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from fedcompute.device.authorization import Prove
+from fedcompute.device.client.authorization import Prove
+from fedcompute.device.client.downloads import Discarded, fetch_download
+from fedcompute.device.client.http import Retries, Transport
+from fedcompute.device.client.keys import EncryptionKeys, default_url
+from fedcompute.device.client.runtime import Device, DeviceSettings, RunOutcome
 from fedcompute.device.developer.worker import TrainingExampleInput, TrainingExampleOutput
 from fedcompute.device.directory import DeviceDirectory
-from fedcompute.device.downloads import Discarded, fetch_download
-from fedcompute.device.http import Retries, Transport
 from fedcompute.device.isolation.process import START_SECONDS
 from fedcompute.device.isolation.trainer import IsolatedTrainer
 from fedcompute.device.jobs.background import background_jobs
@@ -22,9 +24,7 @@ from fedcompute.device.jobs.events import Event, EventKind
 from fedcompute.device.jobs.flags import Flags, flags
 from fedcompute.device.jobs.scheduler import JobScheduler
 from fedcompute.device.jobs.sensors import Places, read_conditions
-from fedcompute.device.keys import EncryptionKeys, default_url
 from fedcompute.device.personalization import Personalization
-from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
 from fedcompute.device.situation import user_data
 from fedcompute.device.state.apps import App, list_apps
 from fedcompute.device.state.device_log import LogEntry, write_entry

@@ -5,18 +5,18 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedcompute.device.authorization import Prove
+from fedcompute.device.client.authorization import Prove
+from fedcompute.device.client.example_store import in_process
+from fedcompute.device.client.http import Transport
+from fedcompute.device.client.runtime import Device, DeviceSettings, RunOutcome
 from fedcompute.device.developer.worker import (
     IsolatedWorker,
     TrainingExampleInput,
     TrainingExampleOutput,
     TrainingExampleRecord,
 )
-from fedcompute.device.example_store import in_process
-from fedcompute.device.http import Transport
 from fedcompute.device.owner import Owner
-from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.runtime import Device, DeviceSettings, RunOutcome
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.device.state.history import TaskHistory
 from fedcompute.fleet.settings import FleetSettings, read_fleet_enrolments
 from fedcompute.models.datasets import examples, load_dataset

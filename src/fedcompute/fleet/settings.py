@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedcompute.device.authorization import Enrolment, read_enrolments
+from fedcompute.device.client.authorization import Enrolment, read_enrolments
 from fedcompute.errors import OperationFailed, Reason
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any
 
-from fedcompute.device.runtime import RunOutcome
+from fedcompute.device.client.runtime import RunOutcome
 from fedcompute.fleet.devices import Observer, run_devices
 from fedcompute.fleet.settings import FleetSettings
 

@@ -16,7 +16,7 @@ import pytest
 
 from fedcompute.device.isolation import trainer as trainer_module
 from fedcompute.device.isolation.trainer import IsolatedTrainer
-from fedcompute.device.plan_runner import PlanResult, PlanRunner
+from fedcompute.device.plans.plan_runner import PlanResult, PlanRunner
 from fedcompute.errors import DeviceRunFailed, OperationFailed, Reason
 from fedcompute.protos import plan_pb2
 from fedcompute.protos.example_query_result_pb2 import ExampleQueryResult

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from fedcompute.device.client.runtime import RunOutcome
 from fedcompute.device.jobs import background, scheduler
 from fedcompute.device.jobs.background import BackgroundJob
 from fedcompute.device.jobs.conditions import Conditions, Constraint
@@ -13,7 +14,6 @@ from fedcompute.device.jobs.events import EventKind, describe
 from fedcompute.device.jobs.flags import Flags, put_flag
 from fedcompute.device.jobs.scheduler import JobScheduler
 from fedcompute.device.owner import Owner
-from fedcompute.device.runtime import RunOutcome
 from fedcompute.device.state import tasks
 from fedcompute.device.state.database import DeviceDatabase
 from fedcompute.device.state.history import Contribution, TaskHistory

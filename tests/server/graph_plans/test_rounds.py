@@ -7,7 +7,7 @@ import pytest
 
 from fedcompute.crypto.envelope import gzip_bytes
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import Reason
 from fedcompute.protos import plan_pb2, task_pb2
 from fedcompute.server.graph_plans import plan as graph_plan

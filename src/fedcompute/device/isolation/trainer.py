@@ -15,7 +15,7 @@ from fedcompute.device.isolation.frames import UNDECODABLE, FrameTooLarge
 from fedcompute.device.isolation.messages import Train, Trained, TrainingFailed
 from fedcompute.device.isolation.process import Confinement, IsolatedProcess, NotStarted
 from fedcompute.device.isolation.scratch import remove_folder
-from fedcompute.device.plan_runner import UPDATE_BYTES_LIMIT, PlanResult
+from fedcompute.device.plans.plan_runner import UPDATE_BYTES_LIMIT, PlanResult
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 

@@ -6,7 +6,7 @@ import msgspec
 
 from fedcompute.device.isolation.child import enter
 from fedcompute.device.isolation.messages import Train, Trained, TrainingFailed
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import FedComputeError, Reason
 from fedcompute.protos import plan_pb2
 

@@ -21,7 +21,7 @@ from fedcompute.device.state.tasks import KILL_SWITCHES, Removal, Rescheduled, T
 from fedcompute.errors import FedComputeError, Reason
 
 if TYPE_CHECKING:
-    from fedcompute.device.runtime import RunOutcome  # which loads an HTTP client
+    from fedcompute.device.client.runtime import RunOutcome  # which loads an HTTP client
 
 LOOK_AGAIN = 60_000
 """Milliseconds after which what keeps a due job from running is looked at again."""

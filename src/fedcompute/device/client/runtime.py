@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 
 from fedcompute.crypto.envelope import seal_update
 from fedcompute.crypto.keys import PublicKey
-from fedcompute.device import eligibility, protocol
-from fedcompute.device.authorization import Authorization, Prove
+from fedcompute.device.client import eligibility, protocol
+from fedcompute.device.client.authorization import Authorization, Prove
+from fedcompute.device.client.example_store import ExampleSource, query_examples
+from fedcompute.device.client.http import Transport
+from fedcompute.device.client.keys import EncryptionKeys, default_url
+from fedcompute.device.client.protocol import Rejected, Result
 from fedcompute.device.developer.worker import TrainingExampleInput, TrainingExampleRecord
-from fedcompute.device.example_store import ExampleSource, query_examples
-from fedcompute.device.http import Transport
-from fedcompute.device.keys import EncryptionKeys, default_url
 from fedcompute.device.owner import Owner
-from fedcompute.device.plan_runner import PlanResult
-from fedcompute.device.protocol import Rejected, Result
+from fedcompute.device.plans.plan_runner import PlanResult
 from fedcompute.device.state.history import Contribution, TaskHistory
 from fedcompute.errors import DeviceRunFailed, FedComputeError, Reason
 from fedcompute.protos import plan_pb2, task_assignments_pb2

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from fedcompute.device.http import Transport
+from fedcompute.device.client.http import Transport
 from fedcompute.errors import DeviceRunFailed, Reason
 
 DOWNLOAD_BYTES_LIMIT = 20_000_000

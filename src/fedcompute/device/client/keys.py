@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from fedcompute.crypto.keys import KEY_LIST_BYTES_LIMIT, PublicKey, key_lifetime, parse_public_keys
-from fedcompute.device.http import Transport, join_url
+from fedcompute.device.client.http import Transport, join_url
 from fedcompute.device.state.database import DeviceDatabase
 from fedcompute.errors import ArtifactInvalid, DeviceRunFailed, Reason
 

@@ -9,7 +9,7 @@ import pytest
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from fedcompute.device.http import Retries, Transport, check_url, join_url
+from fedcompute.device.client.http import Retries, Transport, check_url, join_url
 from fedcompute.errors import DeviceRunFailed, Reason
 
 FAST = Retries(delay=0.001)

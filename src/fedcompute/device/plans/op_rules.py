@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from tensorflow.core.framework import node_def_pb2
 from tensorflow.python.util import _pywrap_kernel_registry
 
-from fedcompute.device.builtin_ops import ACTIVATIONS, BUILTINS
-from fedcompute.device.flatbuffer import Operator, Subgraph
+from fedcompute.device.plans.builtin_ops import ACTIVATIONS, BUILTINS
+from fedcompute.device.plans.flatbuffer import Operator, Subgraph
 from fedcompute.errors import ArtifactInvalid, Reason
 from fedcompute.models.plain_ops import is_known_op, is_plain_op
 

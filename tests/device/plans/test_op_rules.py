@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fedcompute.device import translator
-from fedcompute.device.flatbuffer import read_flatbuffer
-from fedcompute.device.op_rules import runs_builtin, runs_flex
-from fedcompute.device.translator import translate
+from fedcompute.device.plans import translator
+from fedcompute.device.plans.flatbuffer import read_flatbuffer
+from fedcompute.device.plans.op_rules import runs_builtin, runs_flex
+from fedcompute.device.plans.translator import translate
 from fedcompute.errors import ArtifactInvalid, Reason
 
 
@@ -73,7 +73,7 @@ def test_every_operation_of_the_references_plans_runs(reference_plan, name):
 
 
 def test_the_page_of_operations_is_that_of_this_release():
-    tool = Path(__file__).resolve().parents[2] / "tools" / "generate_op_coverage.py"
+    tool = Path(__file__).resolve().parents[3] / "tools" / "generate_op_coverage.py"
     checked = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, timeout=120)
     assert checked.returncode == 0, checked.stderr
 

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fedcompute.crypto.keys import DEFAULT_LIFETIME, PublicKey, generate_key_pair, key_lifetime, public_keys_json
-from fedcompute.device.http import Retries, Transport
-from fedcompute.device.keys import EncryptionKeys, default_url
+from fedcompute.device.client.http import Retries, Transport
+from fedcompute.device.client.keys import EncryptionKeys, default_url
 from fedcompute.errors import DeviceRunFailed, Reason
 
 

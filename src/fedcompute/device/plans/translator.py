@@ -9,11 +9,11 @@ import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, node_def_pb2
 from tensorflow.python.framework import op_def_registry
 
-from fedcompute.device import data_sets
-from fedcompute.device.builtin_ops import ACTIVATIONS, BUILTINS, Call
-from fedcompute.device.data_sets import DataSet
-from fedcompute.device.flatbuffer import Operator, Subgraph, read_flatbuffer
-from fedcompute.device.op_rules import CONTROL_FLOW, EXTERNAL_DATASET, FILE_OPS, check_operators
+from fedcompute.device.plans import data_sets
+from fedcompute.device.plans.builtin_ops import ACTIVATIONS, BUILTINS, Call
+from fedcompute.device.plans.data_sets import DataSet
+from fedcompute.device.plans.flatbuffer import Operator, Subgraph, read_flatbuffer
+from fedcompute.device.plans.op_rules import CONTROL_FLOW, EXTERNAL_DATASET, FILE_OPS, check_operators
 from fedcompute.errors import ArtifactInvalid, FedComputeError, Reason
 
 _SEEDS = ("seed", "seed2")

@@ -11,8 +11,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 
 from fedcompute.crypto.envelope import GZIP_MAGIC, gunzip, gzip_bytes
-from fedcompute.device.authorization import Authorization
-from fedcompute.device.http import Response, Transport, join_url
+from fedcompute.device.client.authorization import Authorization
+from fedcompute.device.client.http import Response, Transport, join_url
 from fedcompute.device.owner import Owner
 from fedcompute.errors import DeviceRunFailed, Reason, UploadRejected
 from fedcompute.protos import federatedcompute_pb2, plan_pb2, task_assignments_pb2

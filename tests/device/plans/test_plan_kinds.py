@@ -16,7 +16,7 @@ from fedcompute.builder.client_graph import TARGET_NAME, ClientSettings, client_
 from fedcompute.builder.client_optimizers import CLIENT_OPTIMIZERS
 from fedcompute.builder.config import read_config
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.learning.metrics import METRICS
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.models.functional_model import FunctionalModel, functional_model_from_keras

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from fedcompute.device.translator import translate
+from fedcompute.device.plans.translator import translate
 from fedcompute.errors import ArtifactInvalid, DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 

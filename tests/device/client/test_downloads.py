@@ -10,8 +10,8 @@ import pytest
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from fedcompute.device.downloads import DOWNLOAD_BYTES_LIMIT, Discarded, Download, fetch_download, parse_download
-from fedcompute.device.http import Retries, Transport
+from fedcompute.device.client.downloads import DOWNLOAD_BYTES_LIMIT, Discarded, Download, fetch_download, parse_download
+from fedcompute.device.client.http import Retries, Transport
 from fedcompute.errors import DeviceRunFailed, Reason
 
 TOKEN = 7200

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fedcompute.device.plan_rules import validate
+from fedcompute.device.plans.plan_rules import validate
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 
 if TYPE_CHECKING:
-    from fedcompute.device.prepared_plan import PreparedPlan
+    from fedcompute.device.plans.prepared_plan import PreparedPlan
 
 CHECKPOINT_BYTES_LIMIT = 1 << 30
 UPDATE_BYTES_LIMIT = 1 << 30
@@ -192,7 +192,7 @@ class PlanRunner:
         return PlanResult(update, len(drawn), sum(len(example) for example in drawn))
 
     def _prepared(self, plan: plan_pb2.ClientOnlyPlan) -> "PreparedPlan":
-        from fedcompute.device.prepared_plan import PreparedPlan
+        from fedcompute.device.plans.prepared_plan import PreparedPlan
 
         digest = _digest(plan)
         if digest not in self._plans:
@@ -204,7 +204,7 @@ class PlanRunner:
 
 
 def _answer(plan: plan_pb2.ClientOnlyPlan, examples: Sequence[bytes], update_bytes_limit: int) -> PlanResult:
-    from fedcompute.device.example_queries import answer_queries
+    from fedcompute.device.plans.example_queries import answer_queries
 
     spec = plan.phase.example_query_spec
     update, example = answer_queries(spec, examples, update_bytes_limit=update_bytes_limit)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 from fedcompute.protos.example_query_result_pb2 import ExampleQueryResult
@@ -184,7 +184,7 @@ def test_a_query_is_answered_without_tensorflow(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.protos import plan_pb2
 runner = PlanRunner()
 plan = plan_pb2.ClientOnlyPlan.FromString(Path({str(tmp_path / "plan")!r}).read_bytes())

@@ -17,13 +17,13 @@ from starlette.routing import Route
 
 from fedcompute.crypto.envelope import open_update
 from fedcompute.crypto.keys import generate_key_pair, public_keys_json
+from fedcompute.device.client.example_store import in_process
+from fedcompute.device.client.http import Retries, Transport
+from fedcompute.device.client.protocol import RetryWindow
+from fedcompute.device.client.runtime import PHASES, Device, DeviceSettings
 from fedcompute.device.developer.worker import IsolatedWorker, TrainingExampleOutput, TrainingExampleRecord
-from fedcompute.device.example_store import in_process
-from fedcompute.device.http import Retries, Transport
 from fedcompute.device.owner import Owner
-from fedcompute.device.plan_runner import PlanRunner
-from fedcompute.device.protocol import RetryWindow
-from fedcompute.device.runtime import PHASES, Device, DeviceSettings
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import Reason
 from fedcompute.protos import (

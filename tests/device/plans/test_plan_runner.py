@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from fedcompute.device.developer.examples import training_example
-from fedcompute.device.plan_rules import validate
-from fedcompute.device.plan_runner import PlanRunner
+from fedcompute.device.plans.plan_rules import validate
+from fedcompute.device.plans.plan_runner import PlanRunner
 from fedcompute.errors import DeviceRunFailed, Reason
 from fedcompute.protos import plan_pb2
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -276,7 +276,7 @@ def test_validation_does_not_change_the_plan(reference_plan):
 
 
 def test_a_prepared_plan_runs_without_being_translated_again(reference_plan, dense_data, dense_weights, monkeypatch):
-    from fedcompute.device import prepared_plan
+    from fedcompute.device.plans import prepared_plan
 
     plan, checkpoint = reference_plan("client_only_plan.pb"), client_checkpoint(dense_weights)
     with closing(PlanRunner()) as runner:
@@ -478,5 +478,6 @@ def test_a_failure_does_not_quote_an_example(runner, values, secret):
 
 
 def test_importing_the_runtime_loads_neither_tensorflow_nor_numpy():
-    code = "import fedcompute.device.plan_runner, sys; sys.exit(bool({'tensorflow', 'numpy'} & sys.modules.keys()))"
+    loaded = "bool({'tensorflow', 'numpy'} & sys.modules.keys())"
+    code = f"import fedcompute.device.plans.plan_runner, sys; sys.exit({loaded})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from fedcompute.device.flatbuffer import FlatTensor
+from fedcompute.device.plans.flatbuffer import FlatTensor
 
 raw = tf.raw_ops
 

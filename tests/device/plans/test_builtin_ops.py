@@ -6,9 +6,9 @@ import tensorflow as tf
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
-from fedcompute.device.builtin_ops import BUILTINS
-from fedcompute.device.flatbuffer import read_flatbuffer
-from fedcompute.device.translator import translate
+from fedcompute.device.plans.builtin_ops import BUILTINS
+from fedcompute.device.plans.flatbuffer import read_flatbuffer
+from fedcompute.device.plans.translator import translate
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(2, 6, 6, 4)).astype(np.float32)

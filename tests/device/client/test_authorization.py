@@ -11,11 +11,11 @@ import pytest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fedcompute.device import protocol
-from fedcompute.device.authorization import TOKEN_LIFE, Authorization, Enrolment, read_enrolments
-from fedcompute.device.http import Retries, Transport
+from fedcompute.device.client import protocol
+from fedcompute.device.client.authorization import TOKEN_LIFE, Authorization, Enrolment, read_enrolments
+from fedcompute.device.client.http import Retries, Transport
+from fedcompute.device.client.protocol import Rejected
 from fedcompute.device.owner import Owner
-from fedcompute.device.protocol import Rejected
 from fedcompute.device.state.history import TaskHistory
 from fedcompute.errors import DeviceRunFailed, OperationFailed, Reason
 from fedcompute.protos import federatedcompute_pb2, task_assignments_pb2

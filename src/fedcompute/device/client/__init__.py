@@ -1,0 +1,1 @@
+"""What a device says to servers: check-in, download, report, upload, keys, vendor data."""

@@ -1,0 +1,1 @@
+"""Client plans: what they may do, and how they are computed here."""
