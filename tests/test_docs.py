@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fedcompute.device.isolation.probe import probe
 from fedcompute.server.api.operations import OPERATIONS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -50,6 +51,9 @@ def shell(tmp_path):
 
 @pytest.mark.parametrize("page", ["task-builder.md", "management-api.md", "storage.md", "operations.md", "devices.md"])
 def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
+    missing = [one.name for one in probe() if not one.enforced] if page == "devices.md" else []
+    if missing:
+        pytest.skip(f"this machine does not enforce {', '.join(missing)}, which devices ask for")
     replaced = {port: str(free_port()) for port in ("8080", "5000", "8000")} | {"/srv": str(tmp_path / "srv")}
     (tmp_path / "srv").mkdir()
     blocks = list(BLOCK.finditer((DOCS / page).read_text()))

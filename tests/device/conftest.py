@@ -30,6 +30,7 @@ class Service(IsolatedService):
         worker.logs, worker.user_data = self.get_log_reader(request_token), self.get_user_data(request_token)
         worker.scheduler = self.get_federated_compute_scheduler(request_token)
         worker.urls = self.get_event_url_provider(request_token)
+        worker.models = self.get_model_manager(request_token)
         return worker
 
 class Worker(IsolatedWorker):
@@ -109,7 +110,8 @@ def isolated():
 def write_service(isolated):
     """Returns write(folder, hooks) -> folder with the code of `org.example.app.Service`, whose worker has these hooks.
 
-    Hooks reach `self.remote`, `self.local`, `self.logs`, `self.user_data`, `self.scheduler`, `self.urls`, `self.later`.
+    Hooks reach `self.remote`, `self.local`, `self.logs`, `self.user_data`, `self.scheduler`, `self.urls`,
+    `self.models`, `self.later`.
     """
 
     def write(folder: Path, hooks: str) -> Path:

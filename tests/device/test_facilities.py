@@ -34,6 +34,7 @@ QUESTIONS = {
     "schedule": ("scheduler.schedule", ["population", True, 60_000]),
     "cancel": ("scheduler.cancel", ["population"]),
     "event URL": ("event_urls.create", [{"n": 1}, None, None, None]),
+    "models": ("models.allowed", []),
     "download": ("downloaded_contents.get", ["d"]),
     "keys of the download": ("downloaded_contents.key_set", []),
 }
@@ -47,6 +48,7 @@ user_data        read     read                -       read   read               
 scheduler        write    write               -       -      -                  -
 event_urls       read     read                read    read   read               read
 downloaded       -        read                -       -      -                  -
+models           read     -                   -       -      -                  -
 """
 FACILITIES = {
     "remote_data": ({"remote data", "keys of remote data"}, set()),
@@ -56,6 +58,7 @@ FACILITIES = {
     "scheduler": (set(), {"schedule", "cancel"}),
     "event_urls": ({"event URL"}, set()),
     "downloaded": ({"download", "keys of the download"}, set()),
+    "models": ({"models"}, set()),
 }
 
 

@@ -9,6 +9,13 @@ from fedcompute.device.developer.errors import (
 )
 from fedcompute.device.developer.event_urls import EventUrlProvider
 from fedcompute.device.developer.examples import example_query_result, training_example
+from fedcompute.device.developer.inference import (
+    InferenceInput,
+    InferenceOutput,
+    InferenceParams,
+    ModelManager,
+    ModelType,
+)
 from fedcompute.device.developer.key_values import KeyValueStore, MutableKeyValueStore
 from fedcompute.device.developer.log_records import EventLogRecord, LogReader, RequestLogRecord
 from fedcompute.device.developer.scheduling import (
@@ -56,11 +63,16 @@ __all__ = [
     "FederatedComputeScheduleResponse",
     "FederatedComputeScheduler",
     "IllegalState",
+    "InferenceInput",
+    "InferenceOutput",
+    "InferenceParams",
     "IsolatedService",
     "IsolatedServiceException",
     "IsolatedWorker",
     "KeyValueStore",
     "LogReader",
+    "ModelManager",
+    "ModelType",
     "MutableKeyValueStore",
     "OnDevicePersonalizationException",
     "Params",

@@ -25,6 +25,7 @@ _READ = {
     "scheduler": {"execute", "download_completed"},
     "event_urls": {"execute", "download_completed", "render", "event", "training_examples", "web_trigger"},
     "downloaded_contents": {"download_completed"},
+    "models": {"execute"},
 }
 """Facility -> operations that have it."""
 _WRITE_LOCAL = {"execute", "download_completed", "event", "web_trigger"}
@@ -175,6 +176,7 @@ _METHODS = {
     "user_data": _Method(tuple[()], lambda own: own.outside.user_data(own.app)),
     "scheduler.schedule": _Method(tuple[str, bool, int], Facilities._schedule),
     "scheduler.cancel": _Method(tuple[str], lambda own, population: own.outside.cancel(own.app, population)),
+    "models.allowed": _Method(tuple[()], lambda own: None),
     "event_urls.create": _Method(
         tuple[dict[str, Any], bytes | None, str | None, str | None], Facilities._event_url, _URL_ARGUMENTS_BYTES
     ),

@@ -5,6 +5,7 @@ from typing import final
 
 from fedcompute.device.developer.connection import Refused, RequestToken
 from fedcompute.device.developer.event_urls import EventUrlProvider
+from fedcompute.device.developer.inference import ModelManager
 from fedcompute.device.developer.key_values import KeyValueStore, MutableKeyValueStore
 from fedcompute.device.developer.log_records import LogReader
 from fedcompute.device.developer.scheduling import FederatedComputeScheduler
@@ -57,3 +58,8 @@ class IsolatedService(ABC):
     def get_event_url_provider(self, request_token: RequestToken) -> EventUrlProvider:
         """Makes URLs for rendered content."""
         return EventUrlProvider(request_token)
+
+    @final
+    def get_model_manager(self, request_token: RequestToken) -> ModelManager:
+        """Runs models of the service; in `on_execute`."""
+        return ModelManager(request_token)
