@@ -72,7 +72,12 @@ class Api:
     """A client of one server; devices and operators both."""
 
     url: str
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30))
+    # Without limits: where they are reached, the pool closes idle connections that another thread is about to use.
+    http: httpx.Client = field(
+        default_factory=lambda: httpx.Client(
+            timeout=30, limits=httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        )
+    )
 
     def create_task(self, population, *, goal=3, rounds=1, room=None, info=None) -> task_pb2.Task:
         task = task_pb2.Task(
