@@ -9,9 +9,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 quickstart: $(VENV)/.installed
 	$(BIN)/fedcompute quickstart $(ARGS)
 
-# Four at a time on two cores: half of what the tests do is waiting.
+# Three at a time on two cores: half of what the tests do is waiting.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
