@@ -1,7 +1,9 @@
 """What several rooms' tests share: a cache of their own, a private PostgreSQL, a private S3 server."""
 
 import contextlib
+import fcntl
 import itertools
+import json
 import logging
 import os
 import pwd
@@ -10,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -374,3 +377,33 @@ def s3(s3_server, monkeypatch):
     yield s3_server
     s3_server.ignores_conditions, s3_server.outages = False, 0
     s3_server.failure_rate = s3_server.loss_rate = 0.0
+
+
+class QuickstartRun:
+    """A quickstart as a user types it, run to its end: its directory, exit status, and what it printed."""
+
+    devices, rounds = 20, 4
+
+    def __init__(self, directory: Path, status: int, output: str, errors: str) -> None:
+        self.directory = directory
+        self.status = status
+        self.output = output
+        self.errors = errors
+
+
+@pytest.fixture(scope="session")
+def finished_quickstart(tmp_path_factory: pytest.TempPathFactory) -> QuickstartRun:
+    """One run for all workers and test files; whoever writes to its directory takes a copy."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    directory, printed = shared / "quickstart", shared / "quickstart.json"
+    with (shared / "quickstart.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            command = [sys.executable, "-c", "from fedcompute.cli import main; main()", "quickstart"]
+            command += ["--directory", str(directory), "--devices", str(QuickstartRun.devices)]
+            command += ["--rounds", str(QuickstartRun.rounds)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+            printed.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    return QuickstartRun(directory, *json.loads(printed.read_text()))

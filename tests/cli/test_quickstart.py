@@ -63,12 +63,10 @@ def started(directory, *options):
     )
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("quickstart") / "run"
-    process = started(directory, "--rounds", "4")
-    output, errors = process.communicate(timeout=240)
-    return directory, process.returncode, output, errors
+@pytest.fixture
+def finished(finished_quickstart):
+    one = finished_quickstart
+    return one.directory, one.status, one.output, one.errors
 
 
 def test_it_ends_with_a_better_model_and_says_what_it_cost(finished):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from markupsafe import Markup
 
-_PAGES = Path(__file__).parent / "pages"
+_PAGES = Path(__file__).parent / "pages" / "templates"
 # A longer task's table shows the first round, the last and some between.
 _ALL_ROUNDS, _SOME_ROUNDS = 50, 25
 _SHORT_HASH = 12

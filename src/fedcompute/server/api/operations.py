@@ -72,6 +72,7 @@ class Operation:
     changes: bool = False
     query: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Schema] = field(default_factory=dict)
+    page: bool = False  # for a person at a browser
 
 
 _PAGED = {"after": "the `next` of the page before", "limit": "how many entries a page may have"}
