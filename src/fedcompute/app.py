@@ -17,6 +17,8 @@ from starlette.middleware import Middleware
 from fedcompute import __version__
 from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
+from fedcompute.monitoring.pages.errors import error_page
+from fedcompute.monitoring.pages.routes import PAGES
 from fedcompute.server.api import assignments, blobs, health, keys, operations, reports
 from fedcompute.server.api.admission import Admission
 from fedcompute.server.api.guard import Guard
@@ -90,10 +92,15 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         *blobs.routes,
         *keys.routes,
         *operations.routes,
+        *operations.routes_of(PAGES),
     ]
     app = Starlette(
         routes=[*(api if settings.runs_api else ()), *health.routes],
-        middleware=[Middleware(RequestLog), Middleware(Admission, settings), Middleware(Guard)],
+        middleware=[
+            Middleware(RequestLog),
+            Middleware(Admission, settings),
+            Middleware(Guard, operations=(*operations.OPERATIONS, *PAGES), error_page=error_page),
+        ],
         exception_handlers={FedComputeError: render_typed_error, HTTPException: render_http_error},
         lifespan=lifespan,
     )
@@ -206,6 +213,7 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         url_key = ensure_secret(tx, sealer, "url_signing", secrets.token_bytes(32), now())
         challenge_key = ensure_secret(tx, sealer, "device_challenges", secrets.token_bytes(32), now())
         noise_key = ensure_secret(tx, sealer, "noise_state", secrets.token_bytes(KEY_BYTES), now())
+        session_key = ensure_secret(tx, sealer, "browser_sessions", secrets.token_bytes(32), now())
     if settings.runs_api:
         warn_if_locked(database, settings, now())
     if sealed:
@@ -232,6 +240,7 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         key_list=None if elsewhere is None else PublicKeyList(elsewhere),
         url_key=url_key,
         noise_key=noise_key,
+        session_key=session_key,
         authentication=open_authentication(settings, database, sealer, challenge_key),
         wake=engine.wake,
         is_alive=lambda: engine.alive or not settings.runs_engine,

@@ -109,6 +109,7 @@ class Context:
     sealer: Sealer  # of the operator secret
     url_key: bytes = field(repr=False)
     noise_key: bytes = field(repr=False)  # seals noise that outlives a round
+    session_key: bytes = field(repr=False)  # of the sessions of browsers
     wake: Callable[[], None]  # asks the round engine for a pass
     is_alive: Callable[[], bool]  # whether the round engine does its work
     warm_up: Callable[[], None]  # starts the worker processes

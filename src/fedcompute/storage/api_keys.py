@@ -109,6 +109,13 @@ def verify_api_key(tx: Transaction, text: str, now: datetime) -> ApiKey:
     return key
 
 
+def live_api_key(tx: Transaction, key_id: str, now: datetime) -> ApiKey | None:
+    """The key of that id while it opens anything; for who has shown it before."""
+    row = tx.execute(select(_TABLE).where(_TABLE.c.id == key_id)).one_or_none()
+    key = None if row is None else _key(row)
+    return key if key is not None and key.is_live(now) else None
+
+
 def list_api_keys(tx: Transaction) -> list[ApiKey]:
     """Every key, also those that open nothing any more, oldest first; at most 1000."""
     query = select(_TABLE).order_by(_TABLE.c.created, _TABLE.c.id).limit(LIST_LIMIT)

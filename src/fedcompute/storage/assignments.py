@@ -186,30 +186,6 @@ def count_assignments(tx: Transaction, iteration: IterationKey) -> dict[Assignme
     return counts | {AssignmentStatus(row.status): row.n for row in tx.execute(query)}
 
 
-def count_by_iteration(tx: Transaction, task: TaskKey) -> dict[IterationKey, dict[AssignmentStatus, int]]:
-    """How many assignments each iteration of a task has in each status; what there is none of is left out."""
-    table = schema.assignment
-    columns = [table.c[name] for name in (*schema.ITERATION_COLUMNS, "status")]
-    query = select(*columns, func.count().label("n")).where(schema.of_task(table, task)).group_by(*columns)
-    counts: dict[IterationKey, dict[AssignmentStatus, int]] = {}
-    for row in tx.execute(query):
-        key = IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id)
-        counts.setdefault(key, {})[AssignmentStatus(row.status)] = row.n
-    return counts
-
-
-def count_rejections(tx: Transaction, task: TaskKey) -> dict[str, int]:
-    """How many of a task's contributions were rejected, by the code of the reason."""
-    table = schema.assignment
-    query = (
-        select(table.c.rejection, func.count().label("n"))
-        .where(schema.of_task(table, task), table.c.status == int(AssignmentStatus.REMOTE_FAILED))
-        .group_by(table.c.rejection)
-        .order_by(table.c.rejection)
-    )
-    return {row.rejection or Reason.INTERNAL.value: row.n for row in tx.execute(query)}
-
-
 def list_assignments(
     tx: Transaction,
     iteration: IterationKey,

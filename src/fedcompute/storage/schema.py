@@ -244,8 +244,16 @@ iteration = Table(
     # See `storage.retention`.
     Column("cleaned_time", UtcDateTime),
     Column("purged_time", UtcDateTime),
+    # When it was summed up; see `storage.summaries`.
+    Column("settled_time", UtcDateTime),
     _child_of("task", TASK_COLUMNS),
     Index("ix_iteration_status", "status"),
+    Index(
+        "ix_iteration_unsettled",
+        *TASK_COLUMNS,
+        sqlite_where=text("settled_time IS NULL"),
+        postgresql_where=text("settled_time IS NULL"),
+    ),
     Index("ix_iteration_population_name_status", "population_name", "status"),
 )
 
@@ -284,6 +292,40 @@ assignment_status_history = Table(
     Column("batch_id", Name(64)),
     Column("rejection", Name(64)),
     _child_of("assignment", ASSIGNMENT_COLUMNS),
+)
+
+# What became of the devices of an attempt that is settled, and how long it took: see `storage.summaries`.
+iteration_summary = Table(
+    "iteration_summary",
+    metadata,
+    *_keys(ITERATION_COLUMNS),
+    Column("collecting_seconds", Float(53)),
+    Column("aggregating_seconds", Float(53)),
+    Column("applying_seconds", Float(53)),
+    Column("completion_seconds", Float(53)),
+    Column("training_seconds", Float(53)),
+    Column("upload_seconds", Float(53)),
+    Column("assignment_seconds", Float(53)),
+    _child_of("iteration", ITERATION_COLUMNS),
+)
+
+iteration_outcome = Table(
+    "iteration_outcome",
+    metadata,
+    *_keys((*ITERATION_COLUMNS, "status")),
+    # Empty where nothing was rejected.
+    Column("rejection", Name(64), primary_key=True),
+    Column("sessions", BigInteger, nullable=False),
+    _child_of("iteration", ITERATION_COLUMNS),
+)
+
+assignment_minute = Table(
+    "assignment_minute",
+    metadata,
+    *_keys((*TASK_COLUMNS, "status")),
+    Column("minute", UtcDateTime, primary_key=True),
+    Column("sessions", BigInteger, nullable=False),
+    _child_of("task", TASK_COLUMNS),
 )
 
 aggregation_batch = Table(

@@ -2,17 +2,21 @@
 
 import logging
 import time
+from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedcompute.errors import FedComputeError, Reason, RequestRejected
 from fedcompute.server.api.acts import act_of
 from fedcompute.server.api.messages import error_response, for_strangers
-from fedcompute.server.api.operations import Operation, operation_of
-from fedcompute.server.context import context_of, now
-from fedcompute.server.security.operators import Caller, identify, opens_without_key
+from fedcompute.server.api.operations import OPERATIONS, Operation, Table
+from fedcompute.server.context import Context, context_of, now
+from fedcompute.server.security.operators import Caller, identify, opens_without_key, presented_key
+from fedcompute.server.security.sessions import caller_of_session
 from fedcompute.storage.api_keys import Role
 from fedcompute.storage.audit import record
 
@@ -27,6 +31,8 @@ _CHALLENGES = {
 # Refusals that are written down in a minute; beyond that a stranger could fill the disk. The access log has them all.
 _REFUSALS_PER_MINUTE = 60
 
+ErrorPage = Callable[[HTTPConnection, FedComputeError], Response | None]
+
 
 class Guard:
     """ASGI middleware: a management route is reached only by who may call it, and every change leaves a trace.
@@ -38,8 +44,13 @@ class Guard:
     names its caller and the caller's role covers the operation's; a path without an operation needs the highest role.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, operations: Sequence[Operation] = OPERATIONS, error_page: ErrorPage = lambda *_: None
+    ) -> None:
+        """`error_page` makes a refusal readable for a person; None leaves it as it is."""
         self._app = app
+        self._table = Table(operations)
+        self._error_page = error_page
         # Apart, so that strangers cannot keep out of the log what the holder of a key tries.
         self._of_strangers = _Allowance(_REFUSALS_PER_MINUTE)
         self._of_holders = _Allowance(_REFUSALS_PER_MINUTE)
@@ -49,11 +60,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})
-        operation = operation_of(scope)
+        operation = self._table.operation_of(scope)
         request = HTTPConnection(scope)
         request.state.action = "unknown" if operation is None else operation.name
         request.state.success = 200 if operation is None else operation.status
         request.state.default_subject = "/".join(str(value) for value in scope.get("path_params", {}).values())
+        is_page = operation is None or operation.page
+        request.state.error_page = self._error_page if is_page else None
         kept = operation is not None and operation.changes
 
         async def send_and_keep(message: Message) -> None:
@@ -76,8 +89,8 @@ class Guard:
                 _LOG.error("%s", error)
                 if not opens_without_key(context_of(request).settings):
                     error = for_strangers(error, request.state.request_id)
-            answer = error_response(error)
-            if error.reason in _CHALLENGES:
+            answer = self._led_to_sign_in(request, scope, error) or error_response(error)
+            if error.reason in _CHALLENGES and answer.status_code == error.status:
                 answer.headers["www-authenticate"] = _CHALLENGES[error.reason]
             await answer(scope, receive, send_and_keep)
             return
@@ -87,6 +100,17 @@ class Guard:
             await keep(500)
             raise
 
+    def _led_to_sign_in(self, request: HTTPConnection, scope: Scope, error: FedComputeError) -> Response | None:
+        if request.state.error_page is None:
+            return None
+        page = self._error_page(request, error)
+        if page is None or error.reason not in (Reason.API_KEY_MISSING, Reason.API_KEY_INVALID):
+            return page
+        if scope["method"] not in ("GET", "HEAD") or presented_key(lowered(request)) is not None:
+            return page
+        here = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
+        return RedirectResponse(f"/login?next={quote(here, safe='/')}", 303)
+
 
 def is_open(path: str) -> bool:
     """Whether a path is a device's or an orchestrator's, so that no key is asked for."""
@@ -95,14 +119,36 @@ def is_open(path: str) -> bool:
 
 async def _admit(request: HTTPConnection, method: str, operation: Operation | None) -> None:
     context = context_of(request)
-    headers = {name.lower(): value for name, value in request.headers.items()}
-    caller: Caller = await run_in_threadpool(identify, context.database, context.settings, method, headers, now())
-    request.state.caller = caller
+    headers = lowered(request)
     needed = Role.OPERATOR if operation is None else operation.role
-    if needed is not None and not caller.role.covers(needed):
+    caller = await run_in_threadpool(_identify, context, method, headers, needed)
+    if caller is not None:
+        request.state.caller = caller
+    if needed is None or caller is None:
+        return
+    if not caller.role.covers(needed):
         raise RequestRejected(
             Reason.ROLE_INSUFFICIENT, f"this needs the role {needed.value}, and the key has {caller.role.value}"
         )
+
+
+def lowered(request: HTTPConnection) -> dict[str, str]:
+    """A request's headers with their names in lower case."""
+    return {name.lower(): value for name, value in request.headers.items()}
+
+
+def _identify(context: Context, method: str, headers: dict[str, str], needed: Role | None) -> Caller | None:
+    """Who calls; None only where nobody needs to be known and nobody is."""
+    if presented_key(headers) is None:
+        caller = caller_of_session(context.database, context.settings, context.session_key, method, headers, now())
+        if caller is not None:
+            return caller
+    try:
+        return identify(context.database, context.settings, method, headers, now())
+    except RequestRejected:
+        if needed is None:
+            return None
+        raise
 
 
 def _record(request: HTTPConnection, status: int) -> None:

@@ -3,7 +3,7 @@
 The application's routes, the guard's roles, the audit log's actions and the OpenAPI document are all made from it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -296,16 +296,27 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("GET", "/api/v1/openapi.json", openapi.document, "openapi", VIEWER, {JSON: OBJECT}),
 )
 
-_ROUTES = [Route(one.path, one.endpoint, methods=[one.method], name=one.name) for one in OPERATIONS]
+
+def routes_of(operations: Iterable[Operation]) -> list[Route]:
+    """A route for each operation, in their order."""
+    return [Route(one.path, one.endpoint, methods=[one.method], name=one.name) for one in operations]
+
+
 # A server that only works on rounds answers for its health and for nothing else.
-routes = [route for route, one in zip(_ROUTES, OPERATIONS, strict=True) if one.role is not None]
+routes = routes_of(one for one in OPERATIONS if one.role is not None)
 
 
-def operation_of(scope: Scope) -> Operation | None:
-    """The operation that a request is for, and its path parameters in `scope`; None if the table has none."""
-    for operation, route in zip(OPERATIONS, _ROUTES, strict=True):
-        match, child = route.matches(scope)
-        if match is Match.FULL:
-            scope["path_params"] = child["path_params"]
-            return operation
-    return None
+class Table:
+    """The operations of an application, found by their requests."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._found = tuple(zip(operations, routes_of(operations), strict=True))
+
+    def operation_of(self, scope: Scope) -> Operation | None:
+        """The operation that a request is for, and its path parameters in `scope`; None if the table has none."""
+        for operation, route in self._found:
+            match, child = route.matches(scope)
+            if match is Match.FULL:
+                scope["path_params"] = child["path_params"]
+                return operation
+        return None

@@ -1,8 +1,6 @@
 """What an operator sees of tasks: the list, one task with everything about it, its rounds page by page."""
 
 import json
-from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -19,13 +17,12 @@ from fedcompute.server.api.paging import Page, bad_cursor, page_of
 from fedcompute.server.api.paths import number, task_key
 from fedcompute.server.api.tasks import existing_task, summary
 from fedcompute.server.context import Context, context_of
-from fedcompute.storage.assignments import count_assignments, count_by_iteration, count_rejections
 from fedcompute.storage.blobs import BlobMissing
-from fedcompute.storage.iterations import IterationRow, iterations_of, newest_iteration
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.paths import MODEL, failure_path
-from fedcompute.storage.releases import completed_iterations, ledger_entries, metrics_of
-from fedcompute.storage.schema import AssignmentStatus, TaskStatus
+from fedcompute.storage.releases import ledger_entries, metrics_of
+from fedcompute.storage.schema import TaskStatus
+from fedcompute.storage.summaries import RoundSummary, round_summaries, summaries_after, task_totals
 from fedcompute.storage.tasks import TaskRow, get_task, list_tasks, task_message
 
 PAGE = 100
@@ -61,9 +58,8 @@ def _tasks(context: Context, population: str | None, statuses: list[TaskStatus],
         rows = list_tasks(tx, population=population, statuses=statuses or None, after=after, limit=page.limit + 1)
         listed = []
         for row in rows[: page.limit]:
-            newest = newest_iteration(tx, row.key)
-            counted = newest and iteration_document(newest, count_assignments(tx, newest.key), None)
-            listed.append({**summary(row), "newest_iteration": counted})
+            newest = round_summaries(tx, row.key, limit=1)
+            listed.append({**summary(row), "newest_iteration": iteration_document(newest[0]) if newest else None})
     return {"tasks": listed, "next": str(rows[page.limit - 1].key) if len(rows) > page.limit else None}
 
 
@@ -75,28 +71,20 @@ def _message(context: Context, key: TaskKey) -> task_pb2.GetTaskByIdResponse:
 def _task(context: Context, key: TaskKey) -> dict[str, Any]:
     with context.database.read() as tx:
         row = existing_task(get_task(tx, key), key)
-        completed = {one.iteration_id: one.completed.isoformat() for one in completed_iterations(tx, key)}
-        newest_first = iterations_of(tx, key, limit=LONGEST_PAGE, newest_first=True)
-        counts = count_by_iteration(tx, key)
-        rounds = [
-            iteration_document(one, counts.get(one.key, {}), completed.get(one.key.iteration_id))
-            for one in reversed(newest_first)
-        ]
-        rejections = count_rejections(tx, key)
+        rounds = round_summaries(tx, key, limit=LONGEST_PAGE)
+        totals = task_totals(tx, key)
+        oldest = rounds[0].key.iteration_id if rounds else 1
         metrics = [
             {"iteration_id": metric.iteration_id, "name": metric.name, "value": metric.value}
-            for metric in metrics_of(tx, key)
+            for metric in metrics_of(tx, key, after=oldest - 1)
         ]
         entries = ledger_entries(tx, key.population, task=key)
-    assignments: Counter[str] = Counter()
-    for one_round in rounds:
-        assignments.update(one_round["assignments"])
     return {
         "task": summary(row),
         "failure": _failure(context, row),
-        "iterations": rounds,
-        "assignments": assignments,
-        "rejections": rejections,
+        "iterations": [iteration_document(one) for one in rounds],
+        "assignments": {status.name: count for status, count in totals.assignments.items()},
+        "rejections": totals.rejections,
         "metrics": metrics,
         # The noised models alone, as reports count them; everything released is in the population's ledger.
         "ledger": [
@@ -111,34 +99,27 @@ def _iterations(context: Context, key: TaskKey, page: Page) -> dict[str, Any]:
     after = None if page.after is None else _round_cursor(page.after)
     with context.database.read() as tx:
         existing_task(get_task(tx, key), key)
-        rows = iterations_of(tx, key, after=after, limit=page.limit + 1)
-        completed = {one.iteration_id: one.completed.isoformat() for one in completed_iterations(tx, key)}
-        listed = [
-            iteration_document(one, count_assignments(tx, one.key), completed.get(one.key.iteration_id))
-            for one in rows[: page.limit]
-        ]
-    last = rows[page.limit - 1].key if len(rows) > page.limit else None
+        found = summaries_after(tx, key, after, limit=page.limit + 1)
+    listed = [iteration_document(one) for one in found[: page.limit]]
+    last = found[page.limit - 1].key if len(found) > page.limit else None
     return {"iterations": listed, "next": last and f"{last.iteration_id}.{last.attempt_id}"}
 
 
-def iteration_document(
-    row: IterationRow, counts: Mapping[AssignmentStatus, int], completed: str | None
-) -> dict[str, Any]:
-    """One attempt of one round as JSON; `completed` is when its round was released."""
-    trained_on = row.info.evaluation_training_iteration_id
+def iteration_document(one: RoundSummary) -> dict[str, Any]:
+    """One attempt of one round as JSON; `completed` is when its result was released."""
     return {
-        "iteration_id": row.key.iteration_id,
-        "attempt_id": row.key.attempt_id,
-        "status": row.status.name,
-        "report_goal": row.report_goal,
-        "max_aggregation_size": row.max_aggregation_size,
-        "evaluated_iteration_id": trained_on or None,
-        "assignments": {status.name: count for status, count in sorted(counts.items()) if count},
-        "opened": row.created.isoformat(),
-        "entered": row.entered.isoformat(),
-        "expires": row.expires.isoformat() if row.expires else None,
-        "reason": row.reason,
-        "completed": completed,
+        "iteration_id": one.key.iteration_id,
+        "attempt_id": one.key.attempt_id,
+        "status": one.status.name,
+        "report_goal": one.report_goal,
+        "max_aggregation_size": one.max_aggregation_size,
+        "evaluated_iteration_id": one.evaluated_iteration_id,
+        "assignments": {status.name: count for status, count in one.assignments.items()},
+        "opened": one.opened.isoformat(),
+        "entered": one.entered.isoformat(),
+        "expires": one.expires.isoformat() if one.expires else None,
+        "reason": one.reason,
+        "completed": one.released.isoformat() if one.released else None,
     }
 
 

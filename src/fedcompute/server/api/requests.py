@@ -127,12 +127,16 @@ async def render_typed_error(request: Request, error: Exception) -> Response:
         _LOG.error("%s", error)
         if is_open(request.scope["path"]) and not opens_without_key(context_of(request).settings):
             error = for_strangers(error, request.state.request_id)
-    return error_response(error)
+    return _page(request, error) or error_response(error)
 
 
-async def render_http_error(_: Request, error: Exception) -> Response:
+async def render_http_error(request: Request, error: Exception) -> Response:
     """Exception handler for unknown paths and wrong verbs."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        page = _page(request, RequestRejected(Reason.NOT_FOUND, "there is no such page", remedy="begin at the top"))
+        if page is not None:
+            return page
     codes = {404: Reason.NOT_FOUND.value, 405: "method_not_allowed"}
     document = {
         "code": codes.get(error.status_code, Reason.MALFORMED_REQUEST.value),
@@ -140,3 +144,9 @@ async def render_http_error(_: Request, error: Exception) -> Response:
         "remedy": "check the method and path of the route",
     }
     return JSONResponse(document, status_code=error.status_code, headers=error.headers)
+
+
+def _page(request: Request, error: FedComputeError) -> Response | None:
+    error_page = getattr(request.state, "error_page", None)
+    found: Response | None = None if error_page is None else error_page(request, error)
+    return found

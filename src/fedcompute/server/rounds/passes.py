@@ -14,6 +14,7 @@ from fedcompute.server.rounds.collect import collect, finish_aggregating, time_o
 from fedcompute.server.rounds.order import forget_preparations, look_ahead
 from fedcompute.server.rounds.release import apply
 from fedcompute.server.rounds.schedule import advance, open_if_complete
+from fedcompute.server.rounds.summarize import summarize
 from fedcompute.server.security.keys import delete_old_keys
 from fedcompute.server.security.tokens import TOKEN_MEMORY
 from fedcompute.storage.audit import forget_strangers
@@ -27,6 +28,7 @@ from fedcompute.storage.tokens import forget_tokens
 _LOG = logging.getLogger(__name__)
 _LONGEST_SWEEP = 5.0
 _CLEANING = 600.0
+_SUMMARY_PERIOD = 1.0
 _STRANGERS_KEPT = timedelta(days=30)
 _ROUND_LIMIT = 100_000
 
@@ -46,6 +48,7 @@ class Passes:
         clocks = [settings.local_compute_timeout, settings.upload_timeout, settings.round_expiry or _LONGEST_SWEEP * 4]
         self._sweep_period = min(_LONGEST_SWEEP, *(seconds / 4 for seconds in clocks))
         self._next_sweep = 0.0
+        self._next_summary = 0.0
         self._next_cleaning = 0.0
         self._complaints: dict[str, str] = {}
 
@@ -84,6 +87,10 @@ class Passes:
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + self._sweep_period
             changed |= self._each([("time-outs", lambda: time_out(self._context))])
+        if time.monotonic() >= self._next_summary:
+            # What cannot be settled yet waits for time-outs of minutes, so it need not be asked for at every pass.
+            self._next_summary = time.monotonic() + _SUMMARY_PERIOD
+            self._each([("summaries", lambda: summarize(self._context))])
         if time.monotonic() >= self._next_cleaning:
             self._next_cleaning = time.monotonic() + _CLEANING
             self._each([("cleaning", self._clean)])

@@ -85,7 +85,7 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
     if any(_OF_PROXIES.fullmatch(name) for name in headers):
         raise RequestRejected(Reason.API_KEY_MISSING, f"{_NEED_KEY} when they are called through a proxy")
     if method not in SAFE_METHODS:
-        _check_origin(host, headers)
+        check_origin(host, headers)
     return LOOPBACK
 
 
@@ -119,7 +119,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check_origin(host: str, headers: Mapping[str, str]) -> None:
+def check_origin(host: str, headers: Mapping[str, str]) -> None:
+    """Raises RequestRejected(FOREIGN_ORIGIN) if a browser says that a page of another origin makes the request."""
     origin = headers.get("origin")
     cross = headers.get("sec-fetch-site", "none") in ("cross-site", "same-site")
     if cross or (origin is not None and origin not in (f"http://{host}", f"https://{host}")):

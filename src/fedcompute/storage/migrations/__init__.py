@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest version; a database that has it needs no migration, and Alembic is not imported."""
 
 

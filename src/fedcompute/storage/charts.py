@@ -1,0 +1,173 @@
+"""What pages ask the database beyond single rows: overviews, series of metrics, and whether anything has changed."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import func, select
+
+from fedcompute.storage import schema
+from fedcompute.storage.assignments import count_assignments
+from fedcompute.storage.budgets import budget_of
+from fedcompute.storage.database import Transaction
+from fedcompute.storage.iterations import active_iterations, newest_iteration
+from fedcompute.storage.keys import IterationKey, TaskKey
+from fedcompute.storage.schema import ACTIVE_ITERATION, ACTIVE_TASK, RELEASED_ITERATION, TaskKind
+from fedcompute.storage.tasks import TaskRow, task_row
+
+# In how many of the newest rounds a metric is looked for.
+_NAMED_ROUNDS = 20
+_EVALUATIONS = 50
+_ACTIVE_ROUNDS = 50
+
+
+@dataclass(frozen=True)
+class PopulationOverview:
+    """A population in a list; `last_activity` is when a task or round of it last changed its status.
+
+    `epsilon` is the ledger's cumulative one, None without an entry; `budget_epsilon` None where nothing limits it.
+    """
+
+    name: str
+    tasks: int
+    active_tasks: int
+    newest_task: TaskKey
+    rounds_released: int
+    newest_release: datetime | None
+    last_activity: datetime
+    epsilon: float | None
+    delta: float | None
+    budget_epsilon: float | None
+
+
+def population_overviews(tx: Transaction, *, after: str | None = None, limit: int = 100) -> list[PopulationOverview]:
+    """Populations by name, from the one behind `after`."""
+    task = schema.task
+    query = select(task.c.population_name).distinct().order_by(task.c.population_name).limit(limit)
+    if after is not None:
+        query = query.where(task.c.population_name > after)
+    return [_overview(tx, name) for name in tx.execute(query).scalars()]
+
+
+def population_exists(tx: Transaction, name: str) -> bool:
+    """Whether there is or was a task of that population."""
+    query = select(schema.task.c.task_id).where(schema.task.c.population_name == name).limit(1)
+    return tx.execute(query).first() is not None
+
+
+def metric_names(tx: Transaction, task: TaskKey) -> list[str]:
+    """The metrics of a task's newest rounds, by name."""
+    table = schema.model_metrics
+    rounds = (
+        select(table.c.iteration_id)
+        .where(schema.of_task(table, task))
+        .distinct()
+        .order_by(table.c.iteration_id.desc())
+        .limit(_NAMED_ROUNDS)
+    )
+    newest = tx.execute(rounds).scalars().all()
+    if not newest:
+        return []
+    names = select(table.c.metric_name).where(schema.of_task(table, task), table.c.iteration_id >= newest[-1])
+    return list(tx.execute(names.distinct().order_by(table.c.metric_name)).scalars())
+
+
+def metric_series(
+    tx: Transaction, task: TaskKey, names: Collection[str], *, limit: int = 1000, before: int | None = None
+) -> dict[str, list[tuple[int, float | None]]]:
+    """Each metric as (round, value), ascending, of the newest `limit` rounds before `before`."""
+    table = schema.model_metrics
+    mine = [schema.of_task(table, task)] + ([] if before is None else [table.c.iteration_id < before])
+    first = tx.execute(
+        select(table.c.iteration_id).where(*mine).distinct().order_by(table.c.iteration_id.desc()).limit(limit)
+    ).scalars()
+    oldest = min(first, default=None)
+    found: dict[str, list[tuple[int, float | None]]] = {name: [] for name in names}
+    if oldest is None:
+        return found
+    query = (
+        select(table.c.metric_name, table.c.iteration_id, table.c.metric_value)
+        .where(*mine, table.c.iteration_id >= oldest, table.c.metric_name.in_(list(names)))
+        .order_by(table.c.iteration_id)
+    )
+    for name, iteration_id, value in tx.execute(query):
+        found[name].append((iteration_id, value))
+    return found
+
+
+def task_version(tx: Transaction, task: TaskKey) -> str:
+    """A text that changes whenever a page about the task would."""
+    table, rounds = schema.task, schema.iteration
+    row = tx.execute(select(table.c.status, table.c.status_id).where(schema.of_task(table, task))).one_or_none()
+    newest = newest_iteration(tx, task)
+    changed = tx.execute(
+        select(func.count(), func.max(rounds.c.status_time), func.max(rounds.c.settled_time)).where(
+            schema.of_task(rounds, task)
+        )
+    ).one()
+    under_way = [(one.key, *count_assignments(tx, one.key).values()) for one in active_iterations(tx, task)]
+    measured = tx.execute(
+        select(func.max(schema.model_metrics.c.iteration_id)).where(schema.of_task(schema.model_metrics, task))
+    ).scalar()
+    return repr((tuple(row or ()), newest and (newest.key, newest.status), tuple(changed), under_way, measured))
+
+
+def overview_version(tx: Transaction, population: str | None = None) -> str:
+    """A text that changes whenever a list of tasks, of all populations or one, would."""
+    table, rounds = schema.task, schema.iteration
+    tasks = select(func.count(), func.max(table.c.status_time), func.sum(table.c.status_id))
+    iterations = select(rounds).where(rounds.c.status.in_([int(one) for one in ACTIVE_ITERATION]))
+    if population is not None:
+        tasks = tasks.where(table.c.population_name == population)
+        iterations = iterations.where(rounds.c.population_name == population)
+    active = tx.execute(iterations.order_by(rounds.c.status_time.desc()).limit(_ACTIVE_ROUNDS)).all()
+    keys = [IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id) for row in active]
+    counted = [
+        (key, row.status_id, *count_assignments(tx, key).values()) for key, row in zip(keys, active, strict=True)
+    ]
+    return repr((tuple(tx.execute(tasks).one()), counted))
+
+
+def evaluations_of(tx: Transaction, task: TaskKey) -> list[TaskRow]:
+    """The evaluation tasks of the population that measure this training task, newest first."""
+    table = schema.task
+    query = (
+        select(table)
+        .where(table.c.population_name == task.population, table.c.kind == int(TaskKind.EVALUATION))
+        .order_by(table.c.task_id.desc())
+        .limit(_EVALUATIONS)
+    )
+    rows = [task_row(row) for row in tx.execute(query)]
+    return [row for row in rows if row.info.evaluation_info.training_task_id == task.task_id]
+
+
+def _overview(tx: Transaction, name: str) -> PopulationOverview:
+    table, rounds, ledger = schema.task, schema.iteration, schema.privacy_ledger
+    tasks = tx.execute(
+        select(table.c.task_id, table.c.status, table.c.status_time).where(table.c.population_name == name)
+    ).all()
+    released, newest = tx.execute(
+        select(func.count(), func.max(rounds.c.status_time)).where(
+            rounds.c.population_name == name, rounds.c.status.in_([int(one) for one in RELEASED_ITERATION])
+        )
+    ).one()
+    latest = tx.execute(select(func.max(rounds.c.status_time)).where(rounds.c.population_name == name)).scalar()
+    entry = tx.execute(
+        select(ledger.c.cumulative_epsilon, ledger.c.delta)
+        .where(ledger.c.population_name == name)
+        .order_by(ledger.c.sequence.desc())
+        .limit(1)
+    ).one_or_none()
+    budget = budget_of(tx, name)
+    return PopulationOverview(
+        name=name,
+        tasks=len(tasks),
+        active_tasks=sum(row.status in [int(one) for one in ACTIVE_TASK] for row in tasks),
+        newest_task=TaskKey(name, max(row.task_id for row in tasks)),
+        rounds_released=released,
+        newest_release=newest,
+        last_activity=max([row.status_time for row in tasks] + ([latest] if latest else [])),
+        epsilon=entry.cumulative_epsilon if entry else None,
+        delta=entry.delta if entry else None,
+        budget_epsilon=budget.epsilon if budget else None,
+    )
