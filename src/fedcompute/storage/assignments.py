@@ -200,6 +200,17 @@ def list_assignments(
     return _in_order(tx, where, limit)
 
 
+def assignments_page(
+    tx: Transaction, iteration: IterationKey, *, status: AssignmentStatus | None = None, after: str = "", limit: int
+) -> list[AssignmentRow]:
+    """An iteration's assignments by session id, from behind `after`, at most `limit`; of one status if it is given."""
+    table = schema.assignment
+    query = select(table).where(schema.of_iteration(table, iteration), table.c.session_id > after)
+    if status is not None:
+        query = query.where(table.c.status == int(status))
+    return [assignment_row(row) for row in tx.execute(query.order_by(table.c.session_id).limit(limit))]
+
+
 def uploading(tx: Transaction) -> dict[IterationKey, set[str]]:
     """The sessions of every LOCAL_COMPLETED assignment, by iteration."""
     table = schema.assignment

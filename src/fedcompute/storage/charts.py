@@ -6,12 +6,14 @@ from datetime import datetime
 
 from sqlalchemy import func, select
 
+from fedcompute.privacy.chain import Entry
 from fedcompute.storage import schema
 from fedcompute.storage.assignments import count_assignments
 from fedcompute.storage.budgets import budget_of
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.iterations import active_iterations, newest_iteration
 from fedcompute.storage.keys import IterationKey, TaskKey
+from fedcompute.storage.releases import ledger_entries
 from fedcompute.storage.schema import ACTIVE_ITERATION, ACTIVE_TASK, RELEASED_ITERATION, TaskKind
 from fedcompute.storage.tasks import TaskRow, task_row
 
@@ -139,6 +141,63 @@ def evaluations_of(tx: Transaction, task: TaskKey) -> list[TaskRow]:
     )
     rows = [task_row(row) for row in tx.execute(query)]
     return [row for row in rows if row.info.evaluation_info.training_task_id == task.task_id]
+
+
+def count_released(tx: Transaction, task: TaskKey) -> int:
+    """How many rounds of a task were released."""
+    table = schema.iteration
+    query = select(func.count(table.c.iteration_id.distinct())).where(
+        schema.of_task(table, task), table.c.status.in_([int(one) for one in RELEASED_ITERATION])
+    )
+    return int(tx.execute(query).scalar_one())
+
+
+def newest_round(tx: Transaction, task: TaskKey) -> int:
+    """The number of a task's newest round; 0 before the first."""
+    query = select(func.max(schema.iteration.c.iteration_id)).where(schema.of_task(schema.iteration, task))
+    return tx.execute(query).scalar() or 0
+
+
+def round_entries(tx: Transaction, task: TaskKey, iteration_id: int) -> list[Entry]:
+    """What one round released, as the ledger has it."""
+    table = schema.privacy_ledger
+    query = select(table.c.sequence).where(schema.of_task(table, task), table.c.iteration_id == iteration_id)
+    sequences = list(tx.execute(query.order_by(table.c.sequence)).scalars())
+    if not sequences:
+        return []
+    # What a round releases is entered together.
+    found = ledger_entries(tx, task.population, after=sequences[0] - 1, limit=len(sequences))
+    return [one for one in found if one.sequence in sequences]
+
+
+def newest_entries(tx: Transaction, population: str, *, before: int | None = None, limit: int = 100) -> list[Entry]:
+    """The newest entries of a population's ledger, newest first; of those before the sequence number `before`."""
+    table = schema.privacy_ledger
+    query = select(table.c.sequence).where(table.c.population_name == population)
+    if before is not None:
+        query = query.where(table.c.sequence < before)
+    first = list(tx.execute(query.order_by(table.c.sequence.desc()).limit(limit)).scalars())
+    if not first:
+        return []
+    return ledger_entries(tx, population, after=first[-1] - 1, limit=len(first))[::-1]
+
+
+def task_entries(
+    tx: Transaction, task: TaskKey, *, released: str | None = None, before: int | None = None, limit: int = 1000
+) -> list[Entry]:
+    """A task's ledger entries of its newest `limit` rounds before `before`, by round; `released` names one kind."""
+    table = schema.privacy_ledger
+    query = select(table.c.sequence).where(schema.of_task(table, task))
+    if released is not None:
+        query = query.where(table.c.released == released)
+    if before is not None:
+        query = query.where(table.c.iteration_id < before)
+    order = [table.c.iteration_id.desc(), table.c.sequence.desc()]
+    wanted = set(tx.execute(query.order_by(*order).limit(limit)).scalars())
+    if not wanted:
+        return []
+    found = ledger_entries(tx, task.population, task=task, after=min(wanted) - 1)
+    return [one for one in found if one.sequence in wanted]
 
 
 def _overview(tx: Transaction, name: str) -> PopulationOverview:

@@ -158,6 +158,24 @@ def round_timeline(tx: Transaction, key: IterationKey) -> list[tuple[datetime, I
     return [(row[0], IterationStatus(row[1])) for row in tx.execute(query.order_by(table.c.status_id))]
 
 
+def arrivals_of_round(tx: Transaction, task: TaskKey, iteration_id: int, *, limit: int = 100_000) -> list[datetime]:
+    """When each session of a round, of any attempt, first reached UPLOAD_COMPLETED, in order, at most `limit`."""
+    history = schema.assignment_status_history
+    moment = func.min(history.c.created_time).label("moment")
+    query = (
+        select(moment)
+        .where(
+            schema.of_task(history, task),
+            history.c.iteration_id == iteration_id,
+            history.c.status == int(AssignmentStatus.UPLOAD_COMPLETED),
+        )
+        .group_by(history.c.session_id)
+        .order_by(moment)
+        .limit(limit)
+    )
+    return list(tx.execute(query).scalars())
+
+
 def to_settle(tx: Transaction, *, limit: int = 50) -> list[IterationKey]:
     """Attempts that are settled and not summed up yet, at most `limit`."""
     table, assignment = schema.iteration, schema.assignment
