@@ -141,6 +141,15 @@ def list_tasks(
     return [task_row(row) for row in tx.execute(query)]
 
 
+def newest_tasks(tx: Transaction, population: str, *, before: int | None = None, limit: int = 100) -> list[TaskRow]:
+    """A population's tasks, newest first, at most `limit`; of those with ids below `before`."""
+    table = schema.task
+    query = select(table).where(table.c.population_name == population)
+    if before is not None:
+        query = query.where(table.c.task_id < before)
+    return [task_row(row) for row in tx.execute(query.order_by(table.c.task_id.desc()).limit(limit))]
+
+
 def open_task(tx: Transaction, key: TaskKey, now: datetime) -> bool:
     """CREATED -> OPEN; False if the task was not CREATED."""
     return _move(tx, key, TaskStatus.CREATED, TaskStatus.OPEN, now, start_time=now)

@@ -75,9 +75,9 @@ def task_values(context: Context, key: TaskKey, query: QueryParams) -> dict[str,
         totals = task_totals(tx, key)
         evaluations = evaluations_of(tx, key)
         spending = _spending(tx, row, promised)
-        latest = [_measured(tx, key, name) for name in headline(names)]
+        latest = [measured(tx, key, name) for name in headline(names)]
         evaluated = (
-            [_measured(tx, evaluations[0].key, name) for name in headline(metric_names(tx, evaluations[0].key))]
+            [measured(tx, evaluations[0].key, name) for name in headline(metric_names(tx, evaluations[0].key))]
             if evaluations
             else []
         )
@@ -152,7 +152,8 @@ def reason_of(code: str) -> Mapping[str, str]:
     return {"code": code, "message": code.replace("_", " "), "remedy": remedy}
 
 
-def _measured(tx: Transaction, key: TaskKey, name: str) -> Measured | None:
+def measured(tx: Transaction, key: TaskKey, name: str) -> Measured | None:
+    """A metric's newest value; None if none of the latest rounds has one."""
     points = [(number, value) for number, value in metric_series(tx, key, [name], limit=20)[name] if value is not None]
     if not points:
         return None
@@ -188,5 +189,5 @@ def _announcement(rounds: Sequence[RoundSummary], latest: Sequence[Measured | No
     done = [one.key.iteration_id for one in rounds if one.released]
     if not done:
         return ""
-    measured = [f"{one.name.rpartition('/')[2].replace('_', ' ')} {one.value:.3g}" for one in latest if one]
-    return ", ".join([f"Round {done[-1]} released", *measured[:2]])
+    told = [f"{one.name.rpartition('/')[2].replace('_', ' ')} {one.value:.3g}" for one in latest if one]
+    return ", ".join([f"Round {done[-1]} released", *told[:2]])
