@@ -19,13 +19,16 @@ from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.monitoring.pages.errors import error_page
 from fedcompute.monitoring.pages.routes import PAGES
-from fedcompute.server.api import assignments, blobs, health, keys, operations, reports
+from fedcompute.server.api import assignments, blobs, health, keys, measuring, operations, reports
 from fedcompute.server.api.admission import Admission
 from fedcompute.server.api.guard import Guard
+from fedcompute.server.api.measuring import Measuring
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, ProcessExecutor
+from fedcompute.server.measures import Measures
+from fedcompute.server.recorder import Recorder
 from fedcompute.server.retention import Retention, RetentionThread
 from fedcompute.server.rounds.check_ins import CheckIns
 from fedcompute.server.rounds.engine import Engine
@@ -39,6 +42,7 @@ from fedcompute.server.security.operators import warn_if_locked
 from fedcompute.server.security.public_keys import PublicKeyList
 from fedcompute.server.security.rates import rates_of
 from fedcompute.server.settings import Settings
+from fedcompute.server.state_gauges import StateGauges
 from fedcompute.server.tls import Certificate
 from fedcompute.server.web_server import WebServer
 from fedcompute.storage.blobs import open_blob_store
@@ -57,6 +61,8 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
     and the worker processes at the end. Raises OperationFailed at start-up if a store cannot be opened.
     """
 
+    measures = Measures(settings.roles)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(_tell)
@@ -66,20 +72,24 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
             app.state.start_error = error
             raise
         workers = executor or ProcessExecutor(settings.worker_count)
+        recorder = Recorder(database, measures)
         try:
             engine = Engine(lambda: passes())
             try:
-                app.state.context = context = _context(settings, database, workers, engine)
+                app.state.context = context = _context(settings, database, workers, engine, measures)
             except FedComputeError as error:
                 app.state.start_error = error
                 raise
             app.state.readiness = health.readiness_of(context)
+            measures.watch(StateGauges(context))
+            recorder.start()
             _LOG.info("fedcompute %s runs as %s", __version__, " and ".join(settings.roles))
             passes = Passes(context)
             with contextlib.closing(CheckIns(context)) as app.state.check_ins:
                 async with _rounds(context, engine) if settings.runs_engine else contextlib.nullcontext():
                     yield
         finally:
+            await run_in_threadpool(recorder.stop)
             workers.close()
             _close_authentication(app)
             database.close()
@@ -95,8 +105,9 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         *operations.routes_of(PAGES),
     ]
     app = Starlette(
-        routes=[*(api if settings.runs_api else ()), *health.routes],
+        routes=[*(api if settings.runs_api else ()), *health.routes, *measuring.routes],
         middleware=[
+            Middleware(Measuring, measures=measures),
             Middleware(RequestLog),
             Middleware(Admission, settings),
             Middleware(Guard, operations=(*operations.OPERATIONS, *PAGES), error_page=error_page),
@@ -201,7 +212,7 @@ def _hand_over(context: Context) -> None:
         _LOG.warning("jobs could not be handed over: %s", error)
 
 
-def _context(settings: Settings, database: Database, executor: Executor, engine: Engine) -> Context:
+def _context(settings: Settings, database: Database, executor: Executor, engine: Engine, measures: Measures) -> Context:
     store = open_blob_store(settings.blobs)
     store.check_writes_once()
     if settings.blob_urls == "store":
@@ -234,7 +245,8 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         settings=settings,
         database=database,
         blobs=store,
-        jobs=Jobs(executor, settings.job_attempts, engine.wake, leases),
+        jobs=Jobs(executor, settings.job_attempts, engine.wake, leases, measures),
+        measures=measures,
         plans=Plans(store, settings.max_checkpoint_bytes),
         sealer=sealer,
         key_list=None if elsewhere is None else PublicKeyList(elsewhere),

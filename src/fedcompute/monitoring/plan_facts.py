@@ -26,7 +26,18 @@ def plan_facts(api: OperatorApi, population: str, task_id: int, others: Iterable
     for other in [number for number in others if number != task_id][:_MOST_TASKS]:
         names[other] = _metric_names_of(api, population, other)
     stored = api.plan(population, task_id)
-    process = _process(stored)
+    most = int(view["task"].get("max_aggregation_size") or 0) or None
+    return facts_of(_process(stored), names, most, has_graphs=_has_graphs(stored))
+
+
+def facts_of(
+    process: learning_pb2.LearningProcess,
+    metric_names: Mapping[int, tuple[str, ...]],
+    most_devices: int | None,
+    *,
+    has_graphs: bool,
+) -> PlanFacts:
+    """What the plan of `process` promises, for a report."""
     claim, banded = process.privacy_claim, process.banded_mf
     promised = process.HasField("privacy_claim")
     return PlanFacts(
@@ -34,9 +45,9 @@ def plan_facts(api: OperatorApi, population: str, task_id: int, others: Iterable
         promised_epsilon=claim.epsilon if promised else None,
         promised_rounds=claim.rounds if promised else None,
         column_norm=column_norm(banded.coefficients) if process.HasField("banded_mf") else None,
-        metric_names=names,
-        most_devices=int(view["task"].get("max_aggregation_size") or 0) or None,
-        has_graphs=_has_graphs(stored),
+        metric_names=metric_names,
+        most_devices=most_devices,
+        has_graphs=has_graphs,
     )
 
 

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from fedcompute.crypto.sealing import Sealer
 from fedcompute.protos import plan_pb2
+from fedcompute.server.measures import Measures
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
 from fedcompute.server.rounds.spending import Accounts
@@ -105,6 +106,7 @@ class Context:
     database: Database
     blobs: BlobStore
     jobs: Jobs
+    measures: Measures
     plans: Plans
     sealer: Sealer  # of the operator secret
     url_key: bytes = field(repr=False)

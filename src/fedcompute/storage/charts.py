@@ -11,7 +11,7 @@ from fedcompute.storage import schema
 from fedcompute.storage.assignments import count_assignments
 from fedcompute.storage.budgets import budget_of
 from fedcompute.storage.database import Transaction
-from fedcompute.storage.iterations import active_iterations, newest_iteration
+from fedcompute.storage.iterations import IterationRow, active_iterations, iteration_row, newest_iteration
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.releases import ledger_entries
 from fedcompute.storage.schema import ACTIVE_ITERATION, ACTIVE_TASK, RELEASED_ITERATION, TaskKind
@@ -42,19 +42,23 @@ class PopulationOverview:
     budget_epsilon: float | None
 
 
-def population_overviews(tx: Transaction, *, after: str | None = None, limit: int = 100) -> list[PopulationOverview]:
-    """Populations by name, from the one behind `after`."""
+def population_overviews(
+    tx: Transaction, *, name: str | None = None, after: str | None = None, limit: int = 100
+) -> list[PopulationOverview]:
+    """Populations by name, from the one behind `after`; or the one called `name`, if there is one."""
     task = schema.task
     query = select(task.c.population_name).distinct().order_by(task.c.population_name).limit(limit)
+    if name is not None:
+        query = query.where(task.c.population_name == name)
     if after is not None:
         query = query.where(task.c.population_name > after)
     return [_overview(tx, name) for name in tx.execute(query).scalars()]
 
 
-def population_exists(tx: Transaction, name: str) -> bool:
-    """Whether there is or was a task of that population."""
-    query = select(schema.task.c.task_id).where(schema.task.c.population_name == name).limit(1)
-    return tx.execute(query).first() is not None
+def population_names(tx: Transaction, *, limit: int = 1000) -> list[str]:
+    """Every population that has or had a task, at most `limit`."""
+    query = select(schema.task.c.population_name).distinct().order_by(schema.task.c.population_name).limit(limit)
+    return list(tx.execute(query).scalars())
 
 
 def metric_names(tx: Transaction, task: TaskKey) -> list[str]:
@@ -150,6 +154,27 @@ def count_released(tx: Transaction, task: TaskKey) -> int:
         schema.of_task(table, task), table.c.status.in_([int(one) for one in RELEASED_ITERATION])
     )
     return int(tx.execute(query).scalar_one())
+
+
+def recent_tasks(tx: Transaction, *, population: str | None = None, limit: int) -> list[TaskRow]:
+    """The tasks that were created last, of all populations or one, newest first."""
+    table = schema.task
+    query = select(table).order_by(table.c.created_time.desc(), table.c.population_name, table.c.task_id.desc())
+    if population is not None:
+        query = query.where(table.c.population_name == population)
+    return [task_row(row) for row in tx.execute(query.limit(limit))]
+
+
+def newest_attempts(tx: Transaction, population: str, *, limit: int) -> list[IterationRow]:
+    """The attempts of a population's rounds that opened last, of all its tasks, newest first."""
+    table = schema.iteration
+    query = (
+        select(table)
+        .where(table.c.population_name == population)
+        .order_by(table.c.created_time.desc(), table.c.task_id.desc(), table.c.iteration_id.desc())
+        .limit(limit)
+    )
+    return [iteration_row(row) for row in tx.execute(query)]
 
 
 def newest_round(tx: Transaction, task: TaskKey) -> int:

@@ -255,6 +255,7 @@ iteration = Table(
         postgresql_where=text("settled_time IS NULL"),
     ),
     Index("ix_iteration_population_name_status", "population_name", "status"),
+    Index("ix_iteration_population_name_created_time", "population_name", "created_time"),
 )
 
 iteration_status_history = Table(
@@ -467,6 +468,21 @@ api_key = Table(
     Column("expires", UtcDateTime),
     Column("revoked", UtcDateTime),
     Index("uq_api_key_key_hash", "key_hash", unique=True),
+)
+
+# Requests of devices by minute, for charts over days and several servers: see `storage.request_minutes`.
+request_minute = Table(
+    "request_minute",
+    metadata,
+    Column("minute", UtcDateTime, primary_key=True),
+    Column("endpoint", Name(16), primary_key=True),
+    Column("population_name", Name(64), primary_key=True),
+    Column("result", Name(64), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("seconds_sum", Float(53), nullable=False),
+    Column("seconds_max", Float(53), nullable=False),
+    *[Column(f"bucket_{number}", BigInteger, nullable=False) for number in range(12)],
+    Index("ix_request_minute_population_name_minute", "population_name", "minute"),
 )
 
 # No foreign key: what was done stays on record when what it was done to goes.

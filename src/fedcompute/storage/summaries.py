@@ -213,7 +213,7 @@ def settle(tx: Transaction, key: IterationKey, now: datetime) -> bool:
         return False
     place = (key.population, key.task_id, key.iteration_id, key.attempt_id)
     values = dict(zip(schema.ITERATION_COLUMNS, place, strict=True))
-    seconds = _phase_seconds(round_timeline(tx, key)) | _device_seconds(tx, key)
+    seconds = phase_seconds(round_timeline(tx, key)) | _device_seconds(tx, key)
     tx.execute(insert(schema.iteration_summary), [values | {f"{name}_seconds": seconds.get(name) for name in _SECONDS}])
     outcomes = [
         values | {"status": row.status, "rejection": row.rejection or "", "sessions": row.n}
@@ -306,7 +306,7 @@ def _live(tx: Transaction, key: IterationKey) -> tuple[_Counts, dict[str, float]
     counts, table = _Counts(), schema.assignment
     for row in tx.execute(_counted(table, schema.of_iteration(table, key))):
         counts.add(row.status, row.rejection, row.n)
-    seconds = _phase_seconds(round_timeline(tx, key))
+    seconds = phase_seconds(round_timeline(tx, key))
     if sum(counts.assignments.values()) <= MOST_LIVE_SESSIONS:
         seconds |= _device_seconds(tx, key)
     return counts, seconds
@@ -320,7 +320,8 @@ def _counted(table: Table, where: ColumnElement[bool]) -> Any:
     )
 
 
-def _phase_seconds(timeline: Iterable[tuple[datetime, IterationStatus]]) -> dict[str, float]:
+def phase_seconds(timeline: Iterable[tuple[datetime, IterationStatus]]) -> dict[str, float]:
+    """How long each phase of a round that is over took, `completion` all of them; phases it never left are absent."""
     first: dict[IterationStatus, datetime] = {}
     for moment, status in timeline:
         first.setdefault(status, moment)

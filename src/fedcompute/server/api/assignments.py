@@ -1,14 +1,13 @@
 """Check-in of a device (spec/server.md 1.3, 2.1)."""
 
 from starlette.requests import Request
-from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
-from fedcompute.protos import task_assignments_pb2
+from fedcompute.protos import federatedcompute_pb2, task_assignments_pb2
 from fedcompute.server.api.admission import CHECK_IN_S
 from fedcompute.server.api.device_auth import authenticate_check_in
 from fedcompute.server.api.messages import ProtoResponse, read_proto
-from fedcompute.server.api.paths import split_verb
+from fedcompute.server.api.paths import TemplateRoute, split_verb
 from fedcompute.server.rounds.check_ins import check_ins_of
 from fedcompute.server.security.authentication import Admitted
 from fedcompute.server.security.limits import MESSAGE_LIMIT
@@ -27,6 +26,7 @@ async def create_task_assignment(request: Request) -> ProtoResponse:
     version = _client_version(message)
     admitted = await authenticate_check_in(request, population)
     if isinstance(admitted, ProtoResponse):
+        request.state.outcome = "NOT_ADMITTED"
         return admitted
     device = CheckIn(
         population=population,
@@ -37,7 +37,15 @@ async def create_task_assignment(request: Request) -> ProtoResponse:
         participant=admitted.participant,
     )
     answer = await check_ins_of(request).answer(device, CHECK_IN_S)
+    request.state.outcome = outcome_of(answer)
     return ProtoResponse(answer, status=201 if answer.HasField("task_assignment") else 200)
+
+
+def outcome_of(answer: task_assignments_pb2.CreateTaskAssignmentResponse) -> str:
+    """What a device was told, as figures name it: CREATED, or the reason of its rejection (spec/server.md 10.1)."""
+    if answer.HasField("task_assignment"):
+        return "CREATED"
+    return federatedcompute_pb2.RejectionReason.Enum.Name(answer.rejection_info.reason)
 
 
 def _client_version(message: task_assignments_pb2.CreateTaskAssignmentRequest) -> int:
@@ -58,5 +66,5 @@ def _idempotency_key(request: Request, admitted: Admitted) -> str | None:
 
 
 routes = [
-    Route("/taskassignment/v1/population/{population}", create_task_assignment, methods=["POST"]),
+    TemplateRoute("/taskassignment/v1/population/{population}", create_task_assignment, methods=["POST"]),
 ]

@@ -7,11 +7,10 @@ from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.server.api.admission import UPLOAD_S, persistently
-from fedcompute.server.api.paths import number
+from fedcompute.server.api.paths import TemplateRoute, number
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.security.limits import bounded_stream, declared_length
 from fedcompute.server.security.url_signing import BLOB_PREFIX, check_url
@@ -60,6 +59,7 @@ async def put_blob(request: Request) -> Response:
         raise RequestRejected(Reason.REQUEST_TOO_SLOW, f"the body did not come within {longest:g} s") from None
     if size == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
+    context.measures.uploaded(size)
     # Without an engine here nobody would take it out again; the one elsewhere looks into the store.
     if bucket == GRADIENT and context.settings.runs_engine:
         context.uploads.add(path.split("/")[4])
@@ -108,6 +108,6 @@ def _still_wanted(context: Context, bucket: str, path: str, _seconds: float) -> 
 
 
 routes = [
-    Route(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", get_blob, methods=["GET"]),
-    Route(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", put_blob, methods=["PUT"]),
+    TemplateRoute(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", get_blob, methods=["GET"]),
+    TemplateRoute(f"{BLOB_PREFIX}/{{bucket}}/{{path:path}}", put_blob, methods=["PUT"]),
 ]

@@ -5,8 +5,8 @@ from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
+from fedcompute.server.api.paths import TemplateRoute
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.readiness import Part, Readiness
 from fedcompute.server.security.operators import opens_without_key
@@ -72,6 +72,6 @@ class _Blobs:
 
 
 routes = [
-    Route("/healthz", healthz, methods=["GET"]),
-    Route("/ready", ready, methods=["GET"]),
+    TemplateRoute("/healthz", healthz, methods=["GET"]),
+    TemplateRoute("/ready", ready, methods=["GET"]),
 ]

@@ -3,9 +3,9 @@
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from fedcompute.crypto.keys import public_keys_json
+from fedcompute.server.api.paths import TemplateRoute
 from fedcompute.server.context import Context, context_of, now
 from fedcompute.server.security.keys import Publication, publication
 
@@ -27,4 +27,4 @@ def _published(context: Context) -> Publication:
     return publication(context.database, context.sealer, context.settings, now())
 
 
-routes = [Route(PUBLIC_KEYS_PATH, public_keys, methods=["GET"])]
+routes = [TemplateRoute(PUBLIC_KEYS_PATH, public_keys, methods=["GET"])]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
+from starlette.routing import Match
 from starlette.types import Scope
 
 from fedcompute.server.api import (
@@ -20,6 +20,7 @@ from fedcompute.server.api import (
     encryption_keys,
     enrolments,
     health,
+    measuring,
     metrics,
     openapi,
     overview,
@@ -28,6 +29,7 @@ from fedcompute.server.api import (
     tasks,
 )
 from fedcompute.server.api.messages import JSON, MEDIA_TYPE
+from fedcompute.server.api.paths import TemplateRoute
 from fedcompute.server.api.schemas import (
     BINARY,
     COUNTS,
@@ -89,6 +91,7 @@ _NEW_KEY = {
 OPERATIONS: tuple[Operation, ...] = (
     Operation("GET", "/healthz", health.healthz, "health", None, {"text/plain": TEXT}),
     Operation("GET", "/ready", health.ready, "ready", None, {"text/plain": TEXT}),
+    Operation("GET", "/metrics", measuring.metrics, "metrics", VIEWER, {"text/plain": TEXT}),
     # Task management as the reference has it, and ours beside it.
     Operation(
         "POST",
@@ -297,13 +300,13 @@ OPERATIONS: tuple[Operation, ...] = (
 )
 
 
-def routes_of(operations: Iterable[Operation]) -> list[Route]:
+def routes_of(operations: Iterable[Operation]) -> list[TemplateRoute]:
     """A route for each operation, in their order."""
-    return [Route(one.path, one.endpoint, methods=[one.method], name=one.name) for one in operations]
+    return [TemplateRoute(one.path, one.endpoint, methods=[one.method], name=one.name) for one in operations]
 
 
 # A server that only works on rounds answers for its health and for nothing else.
-routes = routes_of(one for one in OPERATIONS if one.role is not None)
+routes = routes_of(one for one in OPERATIONS if one.role is not None and one.path != "/metrics")
 
 
 class Table:

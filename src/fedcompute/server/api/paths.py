@@ -2,11 +2,21 @@
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.storage.keys import TaskKey
 
 _LARGEST = 2**63 - 1
+
+
+class TemplateRoute(Route):
+    """A route that says in the scope, as `template`, which template a path has matched."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        return match, {**child, "template": self.path} if match is Match.FULL else child
 
 
 def split_verb(segment: str, verb: str) -> str:

@@ -14,6 +14,7 @@ from fedcompute.server.api.paths import number
 from fedcompute.server.context import Context, context_of, now
 from fedcompute.server.security.limits import read_body
 from fedcompute.storage.budgets import budget_of, remove_budget, set_budget
+from fedcompute.storage.database import Transaction
 from fedcompute.storage.releases import count_entries, ledger_entries
 from fedcompute.storage.tasks import list_tasks
 
@@ -60,20 +61,23 @@ def _population(request: Request) -> str:
 def _ledger(context: Context, population: str, after: int, limit: int) -> dict[str, Any]:
     with context.database.read() as tx:
         found = ledger_entries(tx, population, after=after, limit=limit + 1)
-        kinds = {task.key.task_id: task for task in list_tasks(tx, population=population)}
-        # Entries outlive their tasks.
-        tasks = {
-            str(task_id): {
-                "entries": entries,
-                "kind": kinds[task_id].kind.name if task_id in kinds else None,
-                "status": kinds[task_id].status.name if task_id in kinds else None,
-                "reason": kinds[task_id].reason if task_id in kinds else None,
-            }
-            for task_id, entries in count_entries(tx, population).items()
-        }
         page = found[:limit]
-        document = ledger_document(population, page, budget_of(tx, population), tasks)
+        document = ledger_document(population, page, budget_of(tx, population), described_tasks(tx, population))
     return {**document, "next": page[-1].sequence if len(found) > limit else None}
+
+
+def described_tasks(tx: Transaction, population: str) -> dict[str, dict[str, Any]]:
+    """The tasks that a ledger has entries of, by id: how many, and what is known of the task, which they outlive."""
+    kinds = {task.key.task_id: task for task in list_tasks(tx, population=population)}
+    return {
+        str(task_id): {
+            "entries": entries,
+            "kind": kinds[task_id].kind.name if task_id in kinds else None,
+            "status": kinds[task_id].status.name if task_id in kinds else None,
+            "reason": kinds[task_id].reason if task_id in kinds else None,
+        }
+        for task_id, entries in count_entries(tx, population).items()
+    }
 
 
 def _budget(context: Context, population: str) -> dict[str, Any] | None:

@@ -4,13 +4,12 @@ import time
 from functools import partial
 
 from starlette.requests import Request
-from starlette.routing import Route
 
 from fedcompute.protos import task_assignments_pb2
 from fedcompute.server.api.admission import REPORT_S, persistently
 from fedcompute.server.api.device_auth import authenticate_report
 from fedcompute.server.api.messages import ProtoResponse, read_proto
-from fedcompute.server.api.paths import number, split_verb
+from fedcompute.server.api.paths import TemplateRoute, number, split_verb
 from fedcompute.server.context import context_of
 from fedcompute.server.rounds.assign import report_completed, report_failed
 from fedcompute.server.security.limits import MESSAGE_LIMIT
@@ -29,7 +28,9 @@ async def report_result(request: Request) -> ProtoResponse:
     completed = message.result == task_assignments_pb2.ReportResultRequest.COMPLETED
     admitted = await authenticate_report(request, task, iteration_id, session_id, failed=not completed)
     if isinstance(admitted, ProtoResponse):
+        request.state.outcome = "NOT_ADMITTED"
         return admitted
+    request.state.outcome = task_assignments_pb2.ReportResultRequest.Result.Name(message.result)
     session = (context, task, iteration_id, session_id)
     left = deadline - time.monotonic()
     if completed:
@@ -39,7 +40,7 @@ async def report_result(request: Request) -> ProtoResponse:
 
 
 routes = [
-    Route(
+    TemplateRoute(
         "/taskassignment/v1/population/{population}/task/{task}/aggregation/{iteration}/task-assignment/{session}",
         report_result,
         methods=["PUT"],

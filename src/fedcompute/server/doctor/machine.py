@@ -87,7 +87,7 @@ def examine_leases(patient: Patient) -> Iterator[Finding]:
 def examine_disk(patient: Patient, limits: Limits) -> Iterator[Finding]:
     """File systems of the database and the blobs that are nearly full."""
     seen: set[int] = set()
-    for place in _folders(patient):
+    for place in folders(patient):
         if not place.exists() or (device := place.stat().st_dev) in seen:
             continue
         seen.add(device)
@@ -149,15 +149,16 @@ def _skew(seconds: float, what: str) -> Finding:
     )
 
 
-def _folders(patient: Patient) -> list[Path]:
-    folders = [patient.settings.data_dir]
+def folders(patient: Patient) -> list[Path]:
+    """Where the database and the blobs lie on this machine."""
+    found = [patient.settings.data_dir]
     file = sqlite_path(patient.settings.database)
     if file is not None:
-        folders.append(file.parent)
+        found.append(file.parent)
     blobs = local_folder(patient.settings.blobs)
     if blobs is not None:
-        folders.append(blobs)
-    return folders
+        found.append(blobs)
+    return found
 
 
 def _is_dead(holder: str) -> bool:

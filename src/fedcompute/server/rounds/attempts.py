@@ -88,6 +88,8 @@ def _again(
                 dissolve=[batch.key.batch_id for batch in damaged],
             )
             moved = new is not None
+    if moved:
+        context.measures.round_ended(key.population, ended.name.lower(), error.reason.value)
     if moved and last:
         tell_failed(context, key.task, error)
     elif new is not None:

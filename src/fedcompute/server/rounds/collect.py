@@ -241,6 +241,9 @@ def _record(context: Context, iteration: IterationRow, batch: BatchRow, outcome:
         if not _still(tx, iteration):
             return False
         finished = finish_batch(tx, batch.key, result.accepted, rejected, now())
+    if finished:
+        context.measures.contributions(batch.key.iteration.population, "accepted", result.accepted)
     for one in result.rejected if finished else ():
+        context.measures.contributions(batch.key.iteration.population, one.reason.value)
         _LOG.warning("upload of session %.8s rejected: %s [%s]", one.session_id, one.detail, one.reason.value)
     return True

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.executors import Executor
+from fedcompute.server.measures import Measures
 from fedcompute.server.rounds.leases import Leases
 from fedcompute.storage.keys import BatchKey, IterationKey, TaskKey
 
@@ -17,6 +18,7 @@ _LONGEST_WAIT = 10.0
 # What comes back by itself or by an operator's hand, and is waited for.
 _OUTAGES = (Reason.STORAGE_FAILED, Reason.KEY_SERVICE_FAILED)
 _LONGEST_POWER = 10
+_KINDS = {"batch": "aggregate", "iteration": "update", "ahead": "look_ahead", "broadcast": "broadcast"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Flight:
     future: Future[Any] | None
     failures: int = 0  # that count towards giving up
     outages: int = 0  # of storage or key service, which do not
+    started: float | None = None  # monotonic time at which it was given to the executor; None when that is counted
     resume: float = 0.0  # monotonic time before which a failed job is not started again
 
 
@@ -70,13 +73,19 @@ class Jobs:
     """
 
     def __init__(
-        self, executor: Executor, attempts: int, on_done: Callable[[], None], leases: Leases | None = None
+        self,
+        executor: Executor,
+        attempts: int,
+        on_done: Callable[[], None],
+        leases: Leases | None = None,
+        measures: Measures | None = None,
     ) -> None:
         """`leases`: where other engines work on the same database; whoever has a job's lease does it."""
         self._executor = executor
         self._attempts = attempts
         self._on_done = on_done
         self._leases = leases
+        self._measures = measures or Measures(())
         self._flights: dict[JobKey, _Flight] = {}
 
     def poll(self, key: JobKey, job: Callable[[Any], Any], argument: Callable[[], Any]) -> Outcome | None:
@@ -89,16 +98,18 @@ class Jobs:
         flight = self._flights.setdefault(key, _Flight(None))
         if flight.future is None:
             if time.monotonic() >= flight.resume:
-                flight.future = self._executor.submit(job, argument())
+                flight.future, flight.started = self._executor.submit(job, argument()), time.monotonic()
                 flight.future.add_done_callback(lambda _: self._on_done())
             return None
         if not flight.future.done() or flight.future.cancelled():
             return None
         error = flight.future.exception()
         if error is None:
+            self._count(key, flight, "done")
             return Outcome(result=flight.future.result())
         if isinstance(error, FedComputeError) and error.reason in _OUTAGES:
             flight.outages += 1
+            self._count(key, flight, "outage")
             # Twice as rarely each time: an outage may last for days.
             if flight.outages & (flight.outages - 1) == 0:
                 _LOG.error("job for %s waits for what failed to come back (attempt %d): %s", key, flight.outages, error)
@@ -108,6 +119,7 @@ class Jobs:
                 self._leases.give(str(key))
             return None
         flight.failures += 1
+        self._count(key, flight, "retried" if flight.failures < self._attempts else "failed")
         if flight.failures < self._attempts:
             _LOG.warning("job for %s failed (attempt %d of %d): %s", key, flight.failures, self._attempts, error)
             self._postpone(flight, flight.failures)
@@ -144,6 +156,19 @@ class Jobs:
             iteration = key if isinstance(key, IterationKey) else key.iteration
             if iteration not in active and not (isinstance(key, AheadKey | BroadcastKey) and iteration.task in waiting):
                 self.forget(key)
+
+    def sizes(self) -> tuple[int, int]:
+        """How many jobs have been given to a worker, and how many wait to be tried again; from any thread."""
+        flights = list(self._flights.values())
+        given = sum(one.future is not None and not one.future.done() for one in flights)
+        return given, sum(one.future is None for one in flights)
+
+    def _count(self, key: JobKey, flight: _Flight, outcome: str) -> None:
+        # A job's outcome may be asked for more than once.
+        if flight.started is not None:
+            kind = type(key).__name__.removesuffix("Key").lower()
+            self._measures.job(_KINDS[kind], outcome, time.monotonic() - flight.started)
+            flight.started = None
 
     def _is_ours(self, key: JobKey) -> bool:
         # What a round will cost is of use to every engine that may come to apply it.

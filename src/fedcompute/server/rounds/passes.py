@@ -21,6 +21,7 @@ from fedcompute.storage.audit import forget_strangers
 from fedcompute.storage.check_ins import forget_idempotency
 from fedcompute.storage.iterations import IterationRow, busy_iterations, list_iterations, tasks_to_advance
 from fedcompute.storage.leases import forget_expired_leases
+from fedcompute.storage.request_minutes import forget_request_minutes
 from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import LIST_LIMIT, TaskRow, list_tasks
 from fedcompute.storage.tokens import forget_tokens
@@ -30,6 +31,7 @@ _LONGEST_SWEEP = 5.0
 _CLEANING = 600.0
 _SUMMARY_PERIOD = 1.0
 _STRANGERS_KEPT = timedelta(days=30)
+_MINUTES_KEPT = timedelta(days=30)
 _ROUND_LIMIT = 100_000
 
 _STEPS: dict[IterationStatus, Callable[[Context, IterationRow], bool]] = {
@@ -54,6 +56,13 @@ class Passes:
 
     def __call__(self) -> bool:
         """Does what can be done now for every task and round; one that fails does not stop the others."""
+        started = time.monotonic()
+        try:
+            return self._pass()
+        finally:
+            self._context.measures.engine_pass(time.monotonic() - started)
+
+    def _pass(self) -> bool:
         context = self._context
         context.jobs.keep()
         sweeps = time.monotonic() >= self._next_sweep
@@ -102,6 +111,7 @@ class Passes:
             forget_tokens(tx, now() - TOKEN_MEMORY)
             forget_expired_leases(tx, now())
             forget_strangers(tx, now() - _STRANGERS_KEPT)
+            forget_request_minutes(tx, now() - _MINUTES_KEPT)
         delete_old_keys(self._context.database, now())
         return False
 

@@ -21,6 +21,7 @@ from fedcompute.storage.iterations import (
 from fedcompute.storage.paths import MODEL
 from fedcompute.storage.releases import LedgerMoved
 from fedcompute.storage.schema import TaskStatus
+from fedcompute.storage.summaries import phase_seconds, round_timeline
 from fedcompute.storage.tasks import get_task
 
 _LOG = logging.getLogger(__name__)
@@ -80,6 +81,9 @@ def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> N
             cancel_unused(tx, iteration.key, now())
             ended = get_task(tx, iteration.key.task)
     if closed:
+        context.measures.round_ended(iteration.key.population, "completed")
+        with context.database.read() as tx:
+            context.measures.phases(phase_seconds(round_timeline(tx, iteration.key)))
         _LOG.info("round %s is complete with %d contributions", iteration.key, result.contributions)
     # A paused task asks again when it is resumed.
     if ended is not None and ended.status is TaskStatus.COMPLETED and result.no_more is not None:
@@ -96,4 +100,5 @@ def _refuse(context: Context, iteration: IterationRow, overspent: Overspent) -> 
             for path in result_paths(iteration):
                 context.blobs.delete(MODEL, path)
     if ended:
+        context.measures.round_ended(iteration.key.population, "refused", Reason.BUDGET_SPENT.value)
         tell_overspent(context, iteration.key.task, overspent)

@@ -1,4 +1,4 @@
-"""What became of the devices of a round, summed up once it is settled, so that pages need not count them again.
+"""What became of the devices of a round, summed up once it is settled, and requests by minute: what pages show.
 
 Rounds that are over already are summed up by the round engine, a few at a time.
 """
@@ -24,6 +24,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("settled_time IS NULL"),
         postgresql_where=sa.text("settled_time IS NULL"),
     )
+    op.create_index("ix_iteration_population_name_created_time", "iteration", ["population_name", "created_time"])
     seconds = ("collecting", "aggregating", "applying", "completion", "training", "upload", "assignment")
     op.create_table(
         "iteration_summary",
@@ -48,6 +49,19 @@ def upgrade() -> None:
         _child_of("assignment_minute", "task", _TASK),
         sa.PrimaryKeyConstraint(*_TASK, "status", "minute", name=op.f("pk_assignment_minute")),
     )
+    op.create_table(
+        "request_minute",
+        sa.Column("minute", _time(), nullable=False),
+        sa.Column("endpoint", _name(16), nullable=False),
+        sa.Column("population_name", _name(64), nullable=False),
+        sa.Column("result", _name(64), nullable=False),
+        sa.Column("requests", sa.BigInteger(), nullable=False),
+        sa.Column("seconds_sum", sa.Float(53), nullable=False),
+        sa.Column("seconds_max", sa.Float(53), nullable=False),
+        *[sa.Column(f"bucket_{number}", sa.BigInteger(), nullable=False) for number in range(12)],
+        sa.PrimaryKeyConstraint("minute", "endpoint", "population_name", "result", name=op.f("pk_request_minute")),
+    )
+    op.create_index("ix_request_minute_population_name_minute", "request_minute", ["population_name", "minute"])
 
 
 def _keys(names: tuple[str, ...]) -> list[sa.Column[object]]:
