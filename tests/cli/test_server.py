@@ -31,8 +31,15 @@ def test_the_server_says_where_it_is_answers_there_and_stops_with_ctrl_c(start, 
 
 def test_people_are_told_address_keys_data_and_how_to_stop(start, tmp_path):
     process = start("fedcompute", "server", "--data-dir", tmp_path / "data", "--port", 0)
-    text = "".join(process.stdout.readline() for _ in range(6))
-    for words in ("http://127.0.0.1:", "http://localhost:", "/.well-known/odp/v1/public-keys", str(tmp_path), "Ctrl-C"):
+    text = "".join(process.stdout.readline() for _ in range(7))
+    for words in (
+        "http://127.0.0.1:",
+        "http://localhost:",
+        "/.well-known/odp/v1/public-keys",
+        "dashboard",
+        str(tmp_path),
+        "Ctrl-C",
+    ):
         assert words in text
 
 

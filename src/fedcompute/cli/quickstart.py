@@ -88,7 +88,7 @@ def quickstart(
 def own_directory(wanted: Path | None) -> Path:
     """Makes the run's directory, which no other run has; raises OperationFailed(SETTINGS_INVALID) or OSError."""
     if wanted is not None:
-        wanted.mkdir(parents=True, exist_ok=True)
+        wanted.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(wanted.iterdir()):
             raise OperationFailed(
                 Reason.SETTINGS_INVALID, f"--directory: {wanted} is not empty", remedy="choose another, or remove it"
@@ -99,7 +99,7 @@ def own_directory(wanted: Path | None) -> Path:
         root = Path("fedcompute-data") / (name if number == 1 else f"{name}-{number}")
         # Two runs that start in the same second must not share one.
         with contextlib.suppress(FileExistsError):
-            root.mkdir(parents=True)
+            root.mkdir(mode=0o700, parents=True)
             break
     return root
 
@@ -133,7 +133,8 @@ def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serv
         with serving(settings, listener):
             tasks = register(settings, sample)
             console.print(
-                f"[bold]Serving[/]  {settings.base_url}  training task {tasks[0]}, evaluation task {tasks[1]}"
+                f"[bold]Serving[/]  {settings.base_url}  training task {tasks[0]}, evaluation task {tasks[1]}\n"
+                f"[bold]Watch[/]    {settings.base_url}/tasks/{POPULATION}/{tasks[0]}"
             )
             _train(console, settings, task, tasks, root)
             _conclude(console, workshop, settings, task, tasks, sample, root)

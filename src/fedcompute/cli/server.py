@@ -188,6 +188,7 @@ def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
                 "listening": listening,
                 "url": settings.base_url,
                 "key_url": settings.base_url + KEY_PATH,
+                "dashboard": f"{listening}/" if settings.runs_api else None,
                 "data_dir": str(settings.data_dir),
                 "operators_need_api_key": not opens_without_key(settings),
                 **({"android": commands} if android else {}),
@@ -195,6 +196,7 @@ def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
         )
     for_devices = (
         f"  devices use     {settings.base_url}\n  public keys     {settings.base_url}{KEY_PATH}\n"
+        f"  dashboard       {listening}/\n"
         if settings.runs_api
         else "  devices use     another server; this one only runs rounds\n"
     )

@@ -18,6 +18,8 @@ from fedcompute.storage.request_minutes import BUCKETS, CHECK_IN, RequestMinute,
 
 # Whatever name a check-in gives that no task has.
 UNKNOWN = "unknown"
+# Of a check-in that got an assignment.
+CREATED = "CREATED"
 _WINDOW = 60.0
 _LATENCIES = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _DURATIONS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 86_400.0)
@@ -81,12 +83,18 @@ class Measures:
         """Says which populations have tasks; others share one label."""
         self._known = frozenset(populations)
 
+    def know_one(self, population: str) -> None:
+        """Says that a population has a task, sooner than the database is asked again."""
+        self._known |= {population}
+
     def population(self, name: str) -> str:
         """The label value of a population."""
         return name if name in self._known else UNKNOWN
 
     def device_request(self, endpoint: str, population: str, result: str, seconds: float) -> None:
         """Counts a check-in or a report, by what it was answered or what it said."""
+        if result == CREATED:
+            self.know_one(population)
         label = self.population(population)
         timer = self._requests if endpoint == CHECK_IN else self._reports
         timer.labels(label, result).observe(seconds)

@@ -33,9 +33,10 @@ class Recorder:
         self._thread.start()
 
     def stop(self) -> None:
-        """Writes what is left and ends the thread."""
+        """Writes what is left and ends the thread; nothing happens if it was never started."""
         self._stopping.set()
-        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         while not self._stopping.wait(_PERIOD):

@@ -8,6 +8,7 @@ from fedcompute.server.api.admission import CHECK_IN_S
 from fedcompute.server.api.device_auth import authenticate_check_in
 from fedcompute.server.api.messages import ProtoResponse, read_proto
 from fedcompute.server.api.paths import TemplateRoute, split_verb
+from fedcompute.server.measures import CREATED
 from fedcompute.server.rounds.check_ins import check_ins_of
 from fedcompute.server.security.authentication import Admitted
 from fedcompute.server.security.limits import MESSAGE_LIMIT
@@ -44,7 +45,7 @@ async def create_task_assignment(request: Request) -> ProtoResponse:
 def outcome_of(answer: task_assignments_pb2.CreateTaskAssignmentResponse) -> str:
     """What a device was told, as figures name it: CREATED, or the reason of its rejection (spec/server.md 10.1)."""
     if answer.HasField("task_assignment"):
-        return "CREATED"
+        return CREATED
     return federatedcompute_pb2.RejectionReason.Enum.Name(answer.rejection_info.reason)
 
 

@@ -43,6 +43,7 @@ async def create(request: Request) -> Response:
     message = await read_message(request, task_pb2.CreateTaskRequest, limit=TASK_LIMIT)
     message.task.population_name = request.path_params["population"]
     row = await run_in_threadpool(_create, request, message.task)
+    context_of(request).measures.know_one(row.key.population)
     return message_response(request, task_pb2.CreateTaskResponse(task=described(context_of(request), row)))
 
 
