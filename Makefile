@@ -26,6 +26,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/round.py
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/dashboard.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/device.py
 	$(BIN)/python benchmarks/device_daemon.py
