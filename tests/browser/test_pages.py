@@ -172,3 +172,25 @@ def test_the_theme_that_was_chosen_stays(window, finished):
     window.open(finished.settings.base_url + "/system", dark=False)
     assert window.run("return document.documentElement.dataset.theme") == "dark"
     window.run("localStorage.clear()")
+
+
+def test_runs_are_compared_at_a_prompt_too(finished, tmp_path):
+    from typer.testing import CliRunner
+
+    from fedcompute.cli import app
+
+    server = ["--server", finished.settings.base_url]
+    result = CliRunner().invoke(
+        app, ["task", "compare", TRAINING, EVALUATION, "--json", "--out", str(tmp_path), *server]
+    )
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.output)
+    assert [one["run"] for one in document["runs"]] == [TRAINING, EVALUATION]
+    assert document["runs"][0]["metrics"]["loss"]["final"] == rounds_of(finished, 1, LOSS)[1][-1]
+    assert document["runs"][0]["metrics"]["loss"]["best"] == min(rounds_of(finished, 1, LOSS)[1])
+    assert document["runs"][0]["facts"]["noise multiplier"] == 0.5
+    assert "kind" in document["differing"]
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in document["files"])
+    shown = CliRunner().invoke(app, ["task", "compare", TRAINING, EVALUATION, *server])
+    assert "loss, final" in shown.output
+    assert CliRunner().invoke(app, ["task", "compare", TRAINING, *server]).exit_code == 1

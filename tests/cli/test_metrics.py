@@ -42,7 +42,7 @@ def test_the_table_is_json_on_request(fedcompute, metrics_tree):
 
 def test_what_cannot_be_plotted_is_explained(fedcompute, metrics_tree):
     for arguments, words in (
-        (["plot", metrics_tree], "no task to plot"),
+        (["plot", metrics_tree], "no task is named"),
         (["plot", metrics_tree, "--compare", "digits/1"], "LABEL=POPULATION/TASK"),
         (["plot", metrics_tree, "--population", "nobody"], "no metrics of population 'nobody'"),
         (["plot", metrics_tree, "--storage", "/elsewhere", "--population", "digits"], "given twice"),
@@ -56,3 +56,29 @@ def test_what_cannot_be_plotted_is_explained(fedcompute, metrics_tree):
 def test_the_server_of_the_environment_is_asked(fedcompute, monkeypatch):
     monkeypatch.setenv("FEDCOMPUTE_SERVER", "http://localhost:1")
     assert "http://localhost:1" in fedcompute("metrics", "table", "--population", "digits").output
+
+
+def test_metrics_are_exported_in_the_form_that_the_file_ends_with(fedcompute, metrics_tree, tmp_path):
+    import pandas
+
+    arguments = ["metrics", "export", metrics_tree, "--population", "digits", "--compare", "other=digits/2"]
+    for name, read in (("m.csv", pandas.read_csv), ("m.parquet", pandas.read_parquet)):
+        result = fedcompute(*arguments, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        frame = read(tmp_path / name)
+        assert list(frame.columns) == ["run", "round", "metric", "value"]
+        first = frame[frame.run == "digits/1"]
+        assert list(first["round"]) == [1, 2, 4]
+        assert list(first.value.fillna(-1)) == [1.0, -1, 0.5]
+    refused = fedcompute(*arguments, "--out", tmp_path / "m.csv")
+    assert refused.exit_code == 1
+    assert "--force" in refused.stderr.replace("\n", " ")
+    assert fedcompute(*arguments, "--out", tmp_path / "m.csv", "--force", "--wide").exit_code == 0
+    assert "server/client_work/train/loss" in (tmp_path / "m.csv").read_text().splitlines()[0]
+    assert fedcompute(*arguments, "--out", tmp_path / "m.xlsx").exit_code == 1
+    assert [path.name for path in sorted(tmp_path.glob("*m.*"))] == ["m.csv", "m.parquet"]
+
+
+def test_a_table_of_the_newest_rounds_has_no_others(fedcompute, metrics_tree):
+    result = fedcompute("metrics", "table", metrics_tree, "--population", "digits", "--last", 1)
+    assert [line.split() for line in result.output.splitlines()] == [["round", "loss"], ["4", "0.5"]]

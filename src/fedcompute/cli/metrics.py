@@ -3,17 +3,20 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedcompute.cli import options
 from fedcompute.cli.connection import api_key
 from fedcompute.errors import OperationFailed, Reason
-from fedcompute.monitoring.frames import MetricSeries, load_metrics
+from fedcompute.monitoring.frames import MetricSeries, read_series
 from fedcompute.monitoring.plots import metric_label
 
-app = typer.Typer(no_args_is_help=True, help="Plot a task's metrics, or print them as a table.")
+if TYPE_CHECKING:
+    from fedcompute.monitoring.plots import Run
+
+app = typer.Typer(no_args_is_help=True, help="Plot a task's metrics, print them as a table, or write them to files.")
 
 # The second names are those of the constants in the published script.
 _Storage = Annotated[
@@ -32,6 +35,10 @@ _Rounds = Annotated[
     int | None,
     typer.Option("--rounds", "--num-training-round", min=1, help="Last round to read.", show_default="the newest"),
 ]
+_Compare = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LABEL=POPULATION/TASK", help="Take this run as well, under a label; may be repeated."),
+]
 
 
 @app.command(
@@ -44,36 +51,59 @@ def plot(
     task_id: _TaskId = 1,
     rounds: _Rounds = None,
     out: Annotated[Path, typer.Option(help="Directory for the PNG files; made if missing.")] = Path("plots"),
-    compare: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LABEL=POPULATION/TASK", help="Draw this run as one line; repeat it to compare runs in one chart."
-        ),
-    ] = None,
+    compare: _Compare = None,
     api_key_file: options.ApiKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Draw one PNG per metric: x the round, y the value. A missing round leaves a gap."""
-    from fedcompute.monitoring.plots import Run, plot_metrics
+    from fedcompute.monitoring.plots import plot_metrics
 
-    source = _source(root, storage)
-    chosen = [_parse_run(text) for text in compare or []]
-    if population is not None:
-        chosen.insert(0, (f"{population}/{task_id}", population, task_id))
-    if not chosen:
-        raise OperationFailed(
-            Reason.SETTINGS_INVALID, "no task to plot", remedy="give --population, or --compare LABEL=POPULATION/TASK"
-        )
-    key = api_key(api_key_file)
-    runs = [
-        Run(label, load_metrics(source, name, number, rounds=rounds, api_key=key)) for label, name, number in chosen
-    ]
+    runs = _runs(_source(root, storage), population, task_id, rounds, compare, api_key(api_key_file))
     files = plot_metrics(runs, out)
     if as_json:
         typer.echo(json.dumps({"files": [str(file) for file in files]}))
         return
     for file in files:
         typer.echo(str(file))
+
+
+@app.command(
+    epilog="Example: fedcompute metrics export fedcompute-data --population my_population --out metrics.parquet"
+)
+def export(
+    out: Annotated[Path, typer.Option(help="File to write; a directory for TensorBoard.")],
+    root: _Root = None,
+    storage: _Storage = None,
+    population: _Population = None,
+    task_id: _TaskId = 1,
+    rounds: _Rounds = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="csv, parquet or tensorboard.", show_default="by the ending of --out"),
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="A column per metric instead of a line per value.")] = False,
+    compare: _Compare = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    api_key_file: options.ApiKeyFile = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Write metrics as CSV, Parquet or TensorBoard's event files, of one task or several."""
+    from fedcompute.monitoring.exports import FORMATS, TENSORBOARD
+    from fedcompute.monitoring.exports import export as write
+
+    wanted = form or (out.suffix.removeprefix(".").lower() or TENSORBOARD)
+    if wanted not in FORMATS:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            f"--format: {wanted!r} is none of {', '.join(FORMATS)}",
+            remedy="name one, or let --out end with .csv or .parquet",
+        )
+    runs = _runs(_source(root, storage), population, task_id, rounds, compare, api_key(api_key_file))
+    written = write(runs, out, wanted, wide=wide, force=force)
+    if as_json:
+        typer.echo(json.dumps({"file": str(written), "format": wanted, "runs": [run.label for run in runs]}))
+        return
+    typer.echo(str(written))
 
 
 @app.command(epilog="Example: fedcompute metrics table fedcompute-data --population my_population --task-id 1")
@@ -83,12 +113,13 @@ def table(
     storage: _Storage = None,
     task_id: _TaskId = 1,
     rounds: _Rounds = None,
+    last: Annotated[int | None, typer.Option(min=1, help="Only the newest so many rounds.", show_default="all")] = None,
     api_key_file: options.ApiKeyFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Print every metric of every round."""
-    found = load_metrics(_source(root, storage), population, task_id, rounds=rounds, api_key=api_key(api_key_file))
-    by_round = _by_round(found)
+    found = read_series(_source(root, storage), population, task_id, rounds=rounds, api_key=api_key(api_key_file))
+    by_round = dict(list(_by_round(found).items())[-(last or 0) :])
     if as_json:
         typer.echo(json.dumps([{"round": number, "metrics": values} for number, values in by_round.items()]))
         return
@@ -110,6 +141,21 @@ def _source(root: str | None, storage: str | None) -> str:
             Reason.SETTINGS_INVALID, "the storage is given twice, differently", remedy="leave out one of the two"
         )
     return root or storage or os.environ.get("FEDCOMPUTE_SERVER") or options.DEFAULT_SERVER
+
+
+def _runs(
+    source: str, population: str | None, task_id: int, rounds: int | None, compare: list[str] | None, key: str | None
+) -> "list[Run]":
+    from fedcompute.monitoring.plots import Run
+
+    chosen = [_parse_run(text) for text in compare or []]
+    if population is not None:
+        chosen.insert(0, (f"{population}/{task_id}", population, task_id))
+    if not chosen:
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID, "no task is named", remedy="give --population, or --compare LABEL=POPULATION/TASK"
+        )
+    return [Run(label, read_series(source, name, number, rounds=rounds, api_key=key)) for label, name, number in chosen]
 
 
 def _parse_run(text: str) -> tuple[str, str, int]:

@@ -286,7 +286,7 @@ def _conclude(
     root: Path,
 ) -> None:
     """Judges and exports the trained model, draws the plots, and says what was learnt, spent and left behind."""
-    from fedcompute.monitoring.frames import load_metrics
+    from fedcompute.monitoring.frames import read_series
     from fedcompute.monitoring.plots import Run, learning_curve, plot_metrics
 
     api = _api(settings)
@@ -297,8 +297,8 @@ def _conclude(
     view = api.task(POPULATION, tasks[0])
     evaluation = api.task(POPULATION, tasks[1])
     measured = {one["iteration_id"]: one["evaluated_iteration_id"] for one in evaluation["iterations"]}
-    training_series = load_metrics(root, POPULATION, tasks[0])
-    evaluation_series = load_metrics(root, POPULATION, tasks[1]) if evaluation["metrics"] else {}
+    training_series = read_series(root, POPULATION, tasks[0])
+    evaluation_series = read_series(root, POPULATION, tasks[1]) if evaluation["metrics"] else {}
     plots = root / "plots"
     curve = learning_curve(
         training_series,

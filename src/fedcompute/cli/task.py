@@ -9,6 +9,7 @@ import typer
 from fedcompute.cli import options
 from fedcompute.cli.connection import connect
 from fedcompute.cli.task_build import build
+from fedcompute.cli.task_compare import compare
 from fedcompute.cli.task_config import init, validate
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.monitoring.operator_api import OperatorApi
@@ -18,13 +19,14 @@ _OVER = {"COMPLETED", "CANCELED", "FAILED"}
 _PATIENCE_SECONDS = 30.0
 
 app = typer.Typer(
-    no_args_is_help=True, help="Configure, build, list, show, watch, pause, resume, cancel and clone tasks."
+    no_args_is_help=True, help="Configure, build, list, show, watch, compare, pause, resume, cancel and clone tasks."
 )
 
 app.command(
     "build",
     epilog="Example: fedcompute task build --model saved_model --config task_config.pbtxt --server http://localhost:8080",
 )(build)
+app.command("compare", epilog="Example: fedcompute task compare my_population/1 my_population/3 --out plots")(compare)
 app.command("init", epilog="Example: fedcompute task init task_config.pbtxt --mode training_only")(init)
 app.command("validate", epilog="Example: fedcompute task validate task_config.pbtxt")(validate)
 

@@ -1,1 +1,5 @@
-"""What a person sees of the rounds: metrics as series, and pictures of them."""
+"""Metrics readers, plots, and the dashboard; `load_metrics` is what scripts want."""
+
+from fedcompute.monitoring.data_frames import load_metrics
+
+__all__ = ["load_metrics"]

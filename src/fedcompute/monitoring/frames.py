@@ -46,7 +46,7 @@ class MetricSeries:
         return next((value for value in reversed(self.values) if value is not None), None)
 
 
-def load_metrics(
+def read_series(
     source: str | Path, population: str, task_id: int = 1, *, rounds: int | None = None, api_key: str | None = None
 ) -> dict[str, MetricSeries]:
     """Every metric of a task by name, in the order of the newest round's file.

@@ -67,7 +67,7 @@ class OperatorApi:
     def metrics(self, population: str, task_id: int) -> dict[int, dict[str, float | None]]:
         """Metrics by round, then name; None where a result was not finite."""
         found: dict[int, dict[str, float | None]] = {}
-        for row in self.task(population, task_id)["metrics"]:
+        for row in self._pages(f"{_task_path(population, task_id)}/metrics", {}, "metrics", _LONGEST_PAGE):
             value = row.get("value")
             number = float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
             found.setdefault(int(row["iteration_id"]), {})[str(row["name"])] = number
