@@ -11,6 +11,8 @@ from rich.text import Text
 from fedcompute.monitoring.plots import metric_label
 
 _SHOWN_ROUNDS = 12
+_BAR, _CURVES, _CURVE = 24, 4, 40
+_SPARKS = "▁▂▃▄▅▆▇█"
 _COLOURS = {"OPEN": "green", "COMPLETED": "blue", "FAILED": "red", "CANCELED": "yellow", "PAUSED": "yellow"}
 
 
@@ -43,18 +45,52 @@ def task_view(view: Mapping[str, Any]) -> RenderableType:
         f"  {done} of {task['total_iteration']} rounds  report goal {task['min_aggregation_size']}"
         f"  at most {task['max_aggregation_size']} assigned",
     )
-    parts: list[RenderableType] = [head, _rounds(view)]
+    parts: list[RenderableType] = [head, *_under_way(view), _rounds(view), *_curves(view)]
     if view["assignments"]:
         parts.append(_counts("devices", view["assignments"]))
     if view["rejections"]:
         parts.append(_counts("rejected", view["rejections"]))
     if view["ledger"]:
-        parts.append(Text(f"privacy: {len(view['ledger'])} releases; see `fedcompute privacy report`", style="dim"))
+        parts.append(Text(_spent(view["ledger"]), style="dim"))
     if failure := view.get("failure"):
         # A task whose budget is spent has done what it was allowed to.
         ended, style = ("ended early", "yellow") if task["status"] == "COMPLETED" else ("failed", "red")
         parts.append(Text(f"{ended}: {failure.get('message', '')}  {failure.get('remedy', '')}", style=style))
     return Group(*parts)
+
+
+def _under_way(view: Mapping[str, Any]) -> list[Text]:
+    """A bar for each round that collects: contributions of the report goal."""
+    lines = []
+    for one in view["iterations"][-_SHOWN_ROUNDS:]:
+        if one["status"] == "COLLECTING":
+            done, goal = one["assignments"].get("UPLOAD_COMPLETED", 0), one["report_goal"]
+            filled = min(_BAR, _BAR * done // max(1, goal))
+            bar = "█" * filled + "░" * (_BAR - filled)
+            lines.append(
+                Text.assemble(f"round {one['iteration_id']} ", (bar, "cyan"), f" {done} of {goal} contributions")
+            )
+    return lines
+
+
+def _curves(view: Mapping[str, Any]) -> list[Text]:
+    """The latest rounds of each metric as a row of small bars between its least and its greatest value."""
+    lines = []
+    metrics = _metrics(view)
+    for name in list(dict.fromkeys(name for values in metrics.values() for name in values))[:_CURVES]:
+        found = [one.get(name) for _, one in sorted(metrics.items())]
+        values = [value for value in found if value is not None][-_CURVE:]
+        if len(values) > 2:
+            low, span = min(values), (max(values) - min(values)) or 1.0
+            drawn = "".join(_SPARKS[round((value - low) / span * (len(_SPARKS) - 1))] for value in values)
+            lines.append(Text.assemble(f"{metric_label(name)} ", (drawn, "green"), f" {_number(values[-1])}"))
+    return lines
+
+
+def _spent(ledger: Sequence[Mapping[str, Any]]) -> str:
+    epsilon, delta = ledger[-1].get("cumulative_epsilon"), ledger[-1].get("delta")
+    spent = "unbounded epsilon" if epsilon is None else f"epsilon {epsilon:.4g} at delta {delta:g}"
+    return f"privacy: {spent} after {len(ledger)} releases; see `fedcompute privacy report`"
 
 
 def progress_lines(found: Mapping[str, Any]) -> list[str]:
