@@ -25,9 +25,9 @@ from rich.table import Table
 from sqlalchemy import insert
 
 from fedcompute.cli.quickstart import serving
-from fedcompute.cli.server import listen
 from fedcompute.privacy.chain import Release, chained
 from fedcompute.protos import task_pb2
+from fedcompute.server.listening import listen
 from fedcompute.server.settings import Settings
 from fedcompute.storage import schema
 from fedcompute.storage.database import Database, Transaction

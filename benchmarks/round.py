@@ -22,7 +22,6 @@ from sqlalchemy import select
 
 from fedcompute.cli.quickstart import register, serving
 from fedcompute.cli.sample_task import POPULATION, SampleTask, build_sample
-from fedcompute.cli.server import listen
 from fedcompute.crypto.envelope import gzip_bytes, open_update, seal_update
 from fedcompute.crypto.keys import generate_key_pair
 from fedcompute.fleet.processes import Fleet
@@ -32,6 +31,7 @@ from fedcompute.learning.specification import training_process
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.protos import learning_pb2
 from fedcompute.server.executors import ProcessExecutor
+from fedcompute.server.listening import listen
 from fedcompute.server.settings import RetryWindow, Settings
 from fedcompute.storage.database import Database
 from fedcompute.storage.schema import IterationStatus, iteration_status_history

@@ -18,9 +18,9 @@ from typing import Any
 
 from fedcompute.cli.quickstart import serving
 from fedcompute.cli.sample_task import POPULATION, BuiltSample, SampleTask, build_sample
-from fedcompute.cli.server import listen
 from fedcompute.models.zoo import DEFAULT_MODEL
 from fedcompute.server.executors import ProcessExecutor
+from fedcompute.server.listening import listen
 from fedcompute.server.settings import RetryWindow, Settings
 
 _SOON = RetryWindow(0.2, 1.0)

@@ -20,6 +20,7 @@ from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.monitoring.pages.errors import error_page
 from fedcompute.monitoring.pages.routes import PAGES
 from fedcompute.server.api import assignments, blobs, health, keys, measuring, operations, reports
+from fedcompute.server.api.addresses import Addresses
 from fedcompute.server.api.admission import Admission
 from fedcompute.server.api.guard import Guard
 from fedcompute.server.api.measuring import Measuring
@@ -27,6 +28,7 @@ from fedcompute.server.api.requests import RequestLog, render_http_error, render
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, ProcessExecutor
+from fedcompute.server.listening import listen
 from fedcompute.server.measures import Measures
 from fedcompute.server.recorder import Recorder
 from fedcompute.server.retention import Retention, RetentionThread
@@ -109,6 +111,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         middleware=[
             Middleware(Measuring, measures=measures),
             Middleware(RequestLog),
+            Middleware(Addresses, settings=settings),
             Middleware(Admission, settings),
             Middleware(Guard, operations=(*operations.OPERATIONS, *PAGES), error_page=error_page),
         ],
@@ -151,8 +154,9 @@ def serve(settings: Settings) -> None:
     Raises OperationFailed if a store cannot be opened or the port cannot be had.
     """
     running = server(settings)
+    addresses = {(settings.host, settings.port), settings.operator_address}
     try:
-        running.run()
+        running.run(sockets=[listen(*one) for one in sorted(addresses)] if settings.splits_operators else None)
     except SystemExit:
         app = running.config.app
         error = getattr(app.state, "start_error", None) if isinstance(app, Starlette) else None

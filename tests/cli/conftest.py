@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcompute.cli import app
-from fedcompute.cli.server import listen
+from fedcompute.server.listening import listen
 from fedcompute.server.settings import Settings
 
 BIN = Path(sys.executable).parent

@@ -10,8 +10,8 @@ import urllib.request
 
 import pytest
 
-from fedcompute.cli.server import listen
 from fedcompute.server.configuration import flag_of
+from fedcompute.server.listening import listen
 from fedcompute.server.setting import about
 from fedcompute.server.settings import Settings
 

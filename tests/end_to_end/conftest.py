@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from fedcompute.app import server
-from fedcompute.cli.server import listen
+from fedcompute.server.listening import listen
 from fedcompute.server.settings import RetryWindow, Settings
 
 SOON = RetryWindow(0.02, 0.05)

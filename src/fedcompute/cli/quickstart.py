@@ -105,7 +105,7 @@ def own_directory(wanted: Path | None) -> Path:
 
 
 def _run(console: Console, task: SampleTask, root: Path, port: int, *, keep_serving: bool) -> None:
-    from fedcompute.cli.server import listen
+    from fedcompute.server.listening import listen
 
     start = time.monotonic()
     workshop = ProcessExecutor(1)

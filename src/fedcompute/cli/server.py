@@ -28,6 +28,7 @@ from fedcompute.server.configuration import (
     render_toml,
     setting_fields,
 )
+from fedcompute.server.listening import listen
 from fedcompute.server.logs import Logs, configure_logging
 from fedcompute.server.security.operators import opens_without_key
 from fedcompute.server.setting import about
@@ -56,12 +57,14 @@ def server(
         return
     settings = configuration.settings
     configure_logging(Logs(settings.log_level, settings.log_format))
-    listener = listen(settings.host, settings.port)
-    settings = replace(settings, port=listener.getsockname()[1])
+    listeners = [listen(settings.host, settings.port)]
+    settings = replace(settings, port=listeners[0].getsockname()[1])
+    if settings.splits_operators:
+        listeners.append(listen(settings.operator_host, settings.operator_port))
 
     import fedcompute.app
 
-    serve(fedcompute.app.server(settings), listener, _announcement(settings, as_json=as_json, android=android))
+    serve(fedcompute.app.server(settings), listeners, _announcement(settings, as_json=as_json, android=android))
 
 
 def _options() -> list[inspect.Parameter]:
@@ -102,28 +105,8 @@ server.__annotations__ = {one.name: one.annotation for one in _options()}
 app.command(epilog="Example: fedcompute server --data-dir runs/digits --port 8080")(server)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; raises OperationFailed(SETTINGS_INVALID) with the system's reason.
-
-    Bound before anything else starts, so that a port in use costs nothing and leaves nothing behind.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise OperationFailed(
-            Reason.SETTINGS_INVALID,
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
-            remedy="stop the program that listens there, or choose another --host or --port",
-        ) from error
-    # Inherited by its connections. asyncio sets it only where the protocol is named, which it is not here; without it
-    # the body of an answer waits up to 40 ms for the other side to acknowledge the head.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-def serve(running: "uvicorn.Server", listener: socket.socket, announcement: str) -> None:
-    """Serves on a bound socket until Ctrl-C or SIGTERM; prints the announcement once requests are answered.
+def serve(running: "uvicorn.Server", listeners: list[socket.socket], announcement: str) -> None:
+    """Serves on bound sockets until Ctrl-C or SIGTERM; prints the announcement once requests are answered.
 
     Raises the typed error that kept the application from starting, or OperationFailed(INTERNAL) for another cause.
     """
@@ -132,7 +115,7 @@ def serve(running: "uvicorn.Server", listener: socket.socket, announcement: str)
     logging.getLogger("uvicorn.error").addFilter(lambda _: not failures)
     threading.Thread(target=_announce, args=(running, announcement), daemon=True).start()
     try:
-        running.run(sockets=[listener])
+        running.run(sockets=listeners)
     except KeyboardInterrupt:
         # Raised again by uvicorn after its orderly shutdown: Ctrl-C is how a server ends.
         return
@@ -175,9 +158,9 @@ def _keep_start_failure(app: Any) -> list[Exception]:
 
 
 def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     scheme = "http" if settings.tls_certificate is None else "https"
-    listening = f"{scheme}://{host}:{settings.port}"
+    listening = f"{scheme}://{_authority(settings.host, settings.port)}"
+    dashboard = f"{scheme}://{_authority(*settings.operator_address)}/"
     commands: list[str] = []
     if android and settings.runs_api:
         encryption = not settings.allow_plaintext_uploads
@@ -188,7 +171,7 @@ def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
                 "listening": listening,
                 "url": settings.base_url,
                 "key_url": settings.base_url + KEY_PATH,
-                "dashboard": f"{listening}/" if settings.runs_api else None,
+                "dashboard": dashboard if settings.runs_api else None,
                 "data_dir": str(settings.data_dir),
                 "operators_need_api_key": not opens_without_key(settings),
                 **({"android": commands} if android else {}),
@@ -196,7 +179,7 @@ def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
         )
     for_devices = (
         f"  devices use     {settings.base_url}\n  public keys     {settings.base_url}{KEY_PATH}\n"
-        f"  dashboard       {listening}/\n"
+        f"  dashboard       {dashboard}\n"
         if settings.runs_api
         else "  devices use     another server; this one only runs rounds\n"
     )
@@ -209,6 +192,10 @@ def _announcement(settings: Settings, *, as_json: bool, android: bool) -> str:
         f"  stop with       Ctrl-C; rounds in progress go on at the next start"
         f"{phone_lines(commands)}"
     )
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _for_operators(settings: Settings) -> str:

@@ -7,8 +7,9 @@ from absl import flags
 
 from fedcompute.cli.connection import api_key
 from fedcompute.cli.flags import run
-from fedcompute.cli.server import listen, serve
+from fedcompute.cli.server import serve
 from fedcompute.errors import OperationFailed, Reason
+from fedcompute.server.listening import listen
 
 USAGE = """
 Builds federated learning tasks over HTTP and registers them with a federated compute server.
@@ -123,7 +124,7 @@ def _serve(values: flags.FlagValues) -> int:
     )
     serve(
         uvicorn.Server(config),
-        listener,
+        [listener],
         f"task builder listening on http://{host}:{port}\n  tasks go to     {tasks_url}\n  stop with       Ctrl-C",
     )
     return 0

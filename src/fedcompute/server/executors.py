@@ -19,6 +19,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+from fedcompute import tracing
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.logs import Logs, bound, configure_logging, current_logs, facts
 
@@ -78,7 +79,8 @@ class ProcessExecutor:
     def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
         """Queues `job(argument)`; see `Executor.submit`."""
         outcome: Future[Any] = Future()
-        self._queue(outcome, partial(_with_facts, facts(), job), argument, _LIVES)
+        job, origin = partial(_with_facts, facts(), job), tracing.origin()
+        self._queue(outcome, job if origin is None else partial(_traced, origin, job), argument, _LIVES)
         return outcome
 
     def warm_up(self) -> None:
@@ -165,6 +167,9 @@ class ProcessExecutor:
                 outcome.set_exception(OperationFailed(Reason.INTERNAL, f"the job's worker process died: {error}"))
                 return
             result = done.result()
+            if isinstance(result, tracing.Told):
+                tracing.tell(result.spans, result.origin)
+                result = result.result
             if isinstance(result, _Failure):
                 if result.reason is Reason.INTERNAL:
                     _LOG.error("a job failed", extra={"trace": result.trace})
@@ -185,6 +190,12 @@ def _guarded(job: Callable[[Any], Any], argument: Any) -> Any:
 def _with_facts(about: dict[str, str], job: Callable[[Any], Any], argument: Any) -> Any:
     with bound(about):
         return job(argument)
+
+
+def _traced(origin: tracing.Origin, job: Callable[[Any], Any], argument: Any) -> tracing.Told:
+    with tracing.keep() as spans:
+        result = _guarded(job, argument)
+    return tracing.Told(result, origin, tuple(spans))
 
 
 def _enter_worker(logs: Logs | None) -> None:

@@ -61,6 +61,16 @@ class Settings:
     data_dir: Path = setting(Path("fedcompute-data"), "Where the database and the blobs lie; made if missing.", STORAGE)
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for every network.", ADDRESS)
     port: int = setting(8080, "Port to listen on; 0 for any free one.", ADDRESS, minimum=0, maximum=65_535)
+    operator_host: str = setting(
+        "127.0.0.1", "Address for operators and the dashboard, where operator_port is set.", ADDRESS
+    )
+    operator_port: int = setting(
+        0,
+        "A port of its own for operators and the dashboard, which then answer nowhere else; 0: the devices' port.",
+        ADDRESS,
+        minimum=0,
+        maximum=65_535,
+    )
     public_url: str | None = setting(
         None, "The URL by which devices know this server.", ADDRESS, shown="http://localhost:PORT, https with TLS"
     )
@@ -283,6 +293,8 @@ class Settings:
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_certificate"
             raise _invalid(missing, "certificate and key are set together or not at all")
+        if self.operator_port and self.operator_port == self.port:
+            raise _invalid("operator_port", "is the devices' port; leave it out if both are to be one")
         if self.keep_newest_checkpoints < 1:
             raise _invalid("keep_newest_checkpoints", "must be 1 or more: the next round starts from the newest")
         try:
@@ -345,6 +357,16 @@ class Settings:
         """The URL that devices know this server by, without a trailing slash."""
         scheme = "http" if self.tls_certificate is None else "https"
         return (self.public_url or f"{scheme}://localhost:{self.port}").rstrip("/")
+
+    @property
+    def splits_operators(self) -> bool:
+        """Whether operators have an address of their own."""
+        return self.operator_port != 0 and self.runs_api
+
+    @property
+    def operator_address(self) -> tuple[str, int]:
+        """Where operators are answered, and the dashboard is served: host and port."""
+        return (self.operator_host, self.operator_port) if self.splits_operators else (self.host, self.port)
 
     @property
     def runs_api(self) -> bool:

@@ -1,5 +1,7 @@
 """Check-in of a device (spec/server.md 1.3, 2.1)."""
 
+import time
+
 from starlette.requests import Request
 
 from fedcompute.errors import Reason, RequestRejected
@@ -13,6 +15,7 @@ from fedcompute.server.rounds.check_ins import check_ins_of
 from fedcompute.server.security.authentication import Admitted
 from fedcompute.server.security.limits import MESSAGE_LIMIT
 from fedcompute.server.security.tokens import token_hash
+from fedcompute.server.tracing import record_check_in
 from fedcompute.storage.check_ins import CheckIn
 
 # What devices send that do not know their version.
@@ -22,6 +25,7 @@ _CORRELATION_LIMIT = 64
 
 async def create_task_assignment(request: Request) -> ProtoResponse:
     """POST /taskassignment/v1/population/{population}:create-task-assignment."""
+    started = time.time_ns()
     population = split_verb(request.path_params["population"], "create-task-assignment")
     message = await read_proto(request, task_assignments_pb2.CreateTaskAssignmentRequest, limit=MESSAGE_LIMIT)
     version = _client_version(message)
@@ -38,6 +42,7 @@ async def create_task_assignment(request: Request) -> ProtoResponse:
         participant=admitted.participant,
     )
     answer = await check_ins_of(request).answer(device, CHECK_IN_S)
+    record_check_in(context_of(request), answer, started)
     request.state.outcome = outcome_of(answer)
     return ProtoResponse(answer, status=201 if answer.HasField("task_assignment") else 200)
 

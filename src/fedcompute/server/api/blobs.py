@@ -14,6 +14,7 @@ from fedcompute.server.api.paths import TemplateRoute, number
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.security.limits import bounded_stream, declared_length
 from fedcompute.server.security.url_signing import BLOB_PREFIX, check_url
+from fedcompute.server.tracing import upload_span
 from fedcompute.storage.assignments import find_assignment
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.paths import GRADIENT
@@ -39,6 +40,16 @@ async def get_blob(request: Request) -> Response:
 async def put_blob(request: Request) -> Response:
     """PUT of a signed URL: stores the body whole or not at all, answers 200 without a body and wakes the engine."""
     bucket, path = _granted(request)
+    if bucket != GRADIENT:
+        await _put(request, bucket, path)
+        return Response(status_code=200)
+    with upload_span(context_of(request), path) as traced:
+        traced["bytes"] = await _put(request, bucket, path)
+    return Response(status_code=200)
+
+
+async def _put(request: Request, bucket: str, path: str) -> int:
+    """Stores the body; returns its bytes, 0 if it is a repetition that nobody needs."""
     context = context_of(request)
     settings = context.settings
     limit = settings.max_upload_bytes if bucket == GRADIENT else settings.max_checkpoint_bytes
@@ -49,7 +60,7 @@ async def put_blob(request: Request) -> Response:
         # A repetition of an upload that has been collected: its device needs to hear that all is well.
         async for _ in chunks:
             pass
-        return Response(status_code=200)
+        return 0
     # An update that comes later than that counts no more.
     longest = settings.upload_timeout if bucket == GRADIENT else None
     try:
@@ -64,7 +75,7 @@ async def put_blob(request: Request) -> Response:
     if bucket == GRADIENT and context.settings.runs_engine:
         context.uploads.add(path.split("/")[4])
     context.wake()
-    return Response(status_code=200)
+    return size
 
 
 def _granted(request: Request) -> tuple[str, str]:

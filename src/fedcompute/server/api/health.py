@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from fedcompute.server.api.paths import TemplateRoute
 from fedcompute.server.context import Context, context_of
 from fedcompute.server.readiness import Part, Readiness
-from fedcompute.server.security.operators import opens_without_key
+from fedcompute.server.security.operators import strangers_come
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.paths import MODEL
 
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
     """
     readiness: Readiness = request.app.state.readiness
     problems = await readiness.problems()
-    if problems and not opens_without_key(context_of(request).settings):
+    if problems and strangers_come(context_of(request).settings):
         # The reasons hold names of hosts, users and paths.
         problems = dict.fromkeys(problems, "the server's log tells why")
     if problems:

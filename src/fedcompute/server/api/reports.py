@@ -13,7 +13,8 @@ from fedcompute.server.api.paths import TemplateRoute, number, split_verb
 from fedcompute.server.context import context_of
 from fedcompute.server.rounds.assign import report_completed, report_failed
 from fedcompute.server.security.limits import MESSAGE_LIMIT
-from fedcompute.storage.keys import TaskKey
+from fedcompute.server.tracing import report_span
+from fedcompute.storage.keys import IterationKey, TaskKey
 
 
 async def report_result(request: Request) -> ProtoResponse:
@@ -33,9 +34,13 @@ async def report_result(request: Request) -> ProtoResponse:
     request.state.outcome = task_assignments_pb2.ReportResultRequest.Result.Name(message.result)
     session = (context, task, iteration_id, session_id)
     left = deadline - time.monotonic()
-    if completed:
-        return ProtoResponse(await persistently(left, context.report_threads, partial(report_completed, *session)))
-    await persistently(left, context.report_threads, partial(report_failed, *session, message.result))
+    key = IterationKey(task.population, task.task_id, iteration_id)
+    with report_span(context, key, request.state.outcome) as traced:
+        if completed:
+            answer = await persistently(left, context.report_threads, partial(report_completed, *session))
+            traced["in_time"] = not answer.HasField("rejection_info")
+            return ProtoResponse(answer)
+        await persistently(left, context.report_threads, partial(report_failed, *session, message.result))
     return ProtoResponse(task_assignments_pb2.ReportResultResponse())
 
 

@@ -18,7 +18,7 @@ from fedcompute.server.api.guard import is_open
 from fedcompute.server.api.messages import error_response, for_strangers
 from fedcompute.server.context import context_of
 from fedcompute.server.logs import bound, redacted
-from fedcompute.server.security.operators import opens_without_key
+from fedcompute.server.security.operators import strangers_come
 
 _LOG = logging.getLogger(__name__)
 _ACCESS = logging.getLogger("fedcompute.access")
@@ -125,7 +125,7 @@ async def render_typed_error(request: Request, error: Exception) -> Response:
         return turned_away(context_of(request).settings)
     if error.status >= 500:
         _LOG.error("%s", error)
-        if is_open(request.scope["path"]) and not opens_without_key(context_of(request).settings):
+        if is_open(request.scope["path"]) and strangers_come(context_of(request).settings):
             error = for_strangers(error, request.state.request_id)
     return _page(request, error) or error_response(error)
 

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +30,7 @@ from fedcompute.storage.paths import AGGREGATED, GRADIENT, MODEL
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint
 from fedcompute.tensors.partial_sum import encode
 from fedcompute.tensors.tree import Tensors, spec_from_proto
+from fedcompute.tracing import span
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,6 +82,15 @@ def aggregate(job: AggregateJob) -> AggregateResult:
     uploads give the same sum, so running twice changes nothing. Raises ArtifactInvalid for a plan that cannot be read
     and OperationFailed for storage or a key service that fails.
     """
+    with span("aggregate", {"uploads": len(job.uploads), "worker": os.getpid()}) as traced:
+        result = _add_up(job)
+        traced["accepted"] = result.accepted
+        for reason, count in Counter(one.reason for one in result.rejected).items():
+            traced[f"rejected.{reason.value}"] = count
+        return result
+
+
+def _add_up(job: AggregateJob) -> AggregateResult:
     blobs = open_blob_store(job.blob_url)
     stored_plan = blobs.get(MODEL, job.plan_path, limit=job.max_checkpoint_bytes)
     plan = read_server_plan(stored_plan, job.max_checkpoint_bytes)

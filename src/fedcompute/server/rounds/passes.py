@@ -17,6 +17,7 @@ from fedcompute.server.rounds.schedule import advance, open_if_complete
 from fedcompute.server.rounds.summarize import summarize
 from fedcompute.server.security.keys import delete_old_keys
 from fedcompute.server.security.tokens import TOKEN_MEMORY
+from fedcompute.server.tracing import within_round
 from fedcompute.storage.audit import forget_strangers
 from fedcompute.storage.check_ins import forget_idempotency
 from fedcompute.storage.iterations import IterationRow, busy_iterations, list_iterations, tasks_to_advance
@@ -79,12 +80,12 @@ class Passes:
         context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *idle]})
         forget_preparations(context, {one.key for one in rounds})
         changed |= self._each(
-            (f"the cost of {one.key}", partial(look_ahead, context, one))
+            (f"the cost of {one.key}", partial(within_round, context, one.key, partial(look_ahead, context, one)))
             for one in rounds
             if one.status is IterationStatus.COLLECTING and one.key.task not in waiting
         )
         changed |= self._each(
-            (str(one.key), partial(_STEPS[one.status], context, one))
+            (str(one.key), partial(within_round, context, one.key, partial(_STEPS[one.status], context, one)))
             for one in rounds
             if one.status is not IterationStatus.COLLECTING or one.key in busy
         )

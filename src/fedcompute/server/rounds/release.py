@@ -23,6 +23,7 @@ from fedcompute.storage.releases import LedgerMoved
 from fedcompute.storage.schema import TaskStatus
 from fedcompute.storage.summaries import phase_seconds, round_timeline
 from fedcompute.storage.tasks import get_task
+from fedcompute.tracing import span
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,9 +39,11 @@ def apply(context: Context, iteration: IterationRow) -> bool:
         if outcome.error is not None:
             update_failed(context, iteration, outcome.error)
         elif isinstance(outcome.result, Overspent):
-            _refuse(context, iteration, outcome.result)
+            with span("release", {"outcome": "refused", "reason": Reason.BUDGET_SPENT.value}):
+                _refuse(context, iteration, outcome.result)
         else:
-            _close(context, iteration, outcome.result)
+            with span("release", {"contributions": outcome.result.contributions}) as traced:
+                traced["outcome"] = "released" if _close(context, iteration, outcome.result) else "superseded"
     except LedgerMoved as moved:
         _LOG.info("round %s is looked at again: %s", iteration.key, moved)
     context.jobs.forget(iteration.key)
@@ -54,7 +57,7 @@ def _has_predecessor(context: Context, iteration: IterationRow) -> bool:
     return any(one.key.iteration_id < iteration.key.iteration_id for one in active)
 
 
-def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> None:
+def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> bool:
     metrics = {name: value if math.isfinite(value) else None for name, value in result.metrics.items()}
     charged = any(one.event is not None for one in result.releases)
     with context.database.write() as tx:
@@ -88,6 +91,7 @@ def _close(context: Context, iteration: IterationRow, result: UpdateResult) -> N
     # A paused task asks again when it is resumed.
     if ended is not None and ended.status is TaskStatus.COMPLETED and result.no_more is not None:
         tell_overspent(context, iteration.key.task, result.no_more)
+    return closed
 
 
 def _refuse(context: Context, iteration: IterationRow, overspent: Overspent) -> None:

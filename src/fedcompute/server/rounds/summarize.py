@@ -1,6 +1,7 @@
 """Rounds that are over, summed up for those who look at them (see `storage.summaries`)."""
 
 from fedcompute.server.context import Context, now
+from fedcompute.server.tracing import record_attempt
 from fedcompute.storage.summaries import settle, to_settle
 
 # A pass must not be long: what is left waits for the next.
@@ -13,5 +14,7 @@ def summarize(context: Context) -> bool:
         keys = to_settle(tx, limit=_MOST)
     for key in keys:
         with context.database.write() as tx:
-            settle(tx, key, now())
+            settled = settle(tx, key, now())
+        if settled:
+            record_attempt(context, key)
     return len(keys) == _MOST

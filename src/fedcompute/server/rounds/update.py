@@ -1,6 +1,7 @@
 """The update job: a round's partial sums in, the released model and metrics out (spec/server.md 6.5)."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -48,6 +49,7 @@ from fedcompute.storage.releases import Standing
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint, write_checkpoint
 from fedcompute.tensors.partial_sum import PartialSum, decode, merge
 from fedcompute.tensors.tree import Tensors, spec_from_proto
+from fedcompute.tracing import span
 
 # Of a model whose noise is drawn ahead: 32 MiB for a release, some times that where a tree grows.
 _MOST_ELEMENTS = 1 << 22
@@ -109,6 +111,13 @@ def update(job: UpdateJob, noise: NoiseSource | None = None) -> UpdateResult | O
     made ahead serve one release too, however often the job runs. Once a result is stored the sums are not looked at
     again, so that it holds the `contributions` that its entries name.
     """
+    with span("update", {"sums": len(job.sum_paths), "worker": os.getpid()}) as traced:
+        result = _apply(job, noise)
+        traced["outcome"] = "refused" if isinstance(result, Overspent) else "stored"
+        return result
+
+
+def _apply(job: UpdateJob, noise: NoiseSource | None) -> UpdateResult | Overspent:
     blobs = open_blob_store(job.blob_url)
     limit = job.max_checkpoint_bytes
     stored_plan = blobs.get(MODEL, job.plan_path, limit=limit)
@@ -209,6 +218,13 @@ def prepare(job: UpdateJob) -> Preparation:
     Formal guarantees: nothing that depends on a device is looked at, and nothing is stored; the draws are
     `SystemNoise` and stay in memory until `update` uses them.
     """
+    with span("look_ahead", {"worker": os.getpid()}) as traced:
+        found = _prepared(job)
+        traced["drawn"] = bool(found.draws)
+        return found
+
+
+def _prepared(job: UpdateJob) -> Preparation:
     found = foresee(job)
     blobs = open_blob_store(job.blob_url)
     limit = job.max_checkpoint_bytes

@@ -69,8 +69,8 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
     FOREIGN_ORIGIN.
 
     Formal guarantees: a caller without a live key of this server is either refused or LOOPBACK; it is LOOPBACK only if
-    the server listens on a loopback address alone, is not published elsewhere, does not demand keys, and no header
-    speaks against it.
+    operators' address is a loopback one, is not published elsewhere, keys are not demanded, and no header speaks
+    against it. That a request came in on operators' address is for `Addresses` to see.
     """
     text = presented_key(headers)
     if text is not None:
@@ -90,12 +90,20 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
 
 
 def opens_without_key(settings: Settings) -> bool:
-    """Whether this machine's own programs need no key: the server listens on a loopback address, and demands none.
+    """Whether this machine's own programs need no key: operators' address is a loopback one, and no key is demanded.
 
-    A public URL elsewhere, and proxies that are trusted, say that strangers come by a program on this machine.
+    A public URL elsewhere, and proxies that are trusted, say that strangers come by a program on this machine; they say
+    so of the devices' address, and count where that is the operators' too.
     """
+    if settings.require_api_keys or not is_loopback(settings.operator_address[0]):
+        return False
+    return settings.splits_operators or not strangers_come(settings)
+
+
+def strangers_come(settings: Settings) -> bool:
+    """Whether the devices' address can be reached by others than this machine's own programs."""
     own = settings.public_url is None or is_loopback(urlsplit(settings.public_url).hostname or "")
-    return own and not settings.trusted_proxies and not settings.require_api_keys and is_loopback(settings.host)
+    return not own or bool(settings.trusted_proxies) or settings.require_api_keys or not is_loopback(settings.host)
 
 
 def warn_if_locked(database: Database, settings: Settings, now: datetime) -> None:

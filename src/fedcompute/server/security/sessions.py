@@ -87,4 +87,6 @@ def _name(settings: Settings) -> str:
 
 
 def _is_secure(settings: Settings) -> bool:
+    if settings.splits_operators:
+        return settings.tls_certificate is not None
     return settings.base_url.startswith("https://")
