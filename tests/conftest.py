@@ -407,3 +407,94 @@ def finished_quickstart(tmp_path_factory: pytest.TempPathFactory) -> QuickstartR
             done = subprocess.run(command, capture_output=True, text=True, timeout=240)
             printed.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
     return QuickstartRun(directory, *json.loads(printed.read_text()))
+
+
+class Collector:
+    """An OTLP/HTTP collector on loopback, in a thread of the test process, that keeps the spans it gets."""
+
+    def __init__(self) -> None:
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        self.bodies: list[bytes] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.status = 200
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if collector.status == 200:
+                    collector.bodies.append(body)
+                collector.headers.append({name.lower(): value for name, value in self.headers.items()})
+                collector.paths.append(self.path)
+                self.send_response(collector.status)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def spans(self) -> list[Any]:
+        """Every span so far; beside the protocol's fields `service` and `facts`, its attributes, without prefix."""
+        from types import SimpleNamespace
+
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        found = []
+        for body in self.bodies:
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                about = _attributes(resource.resource.attributes)
+                for scope in resource.scope_spans:
+                    for one in scope.spans:
+                        names = {name.removeprefix("fedcompute."): v for name, v in _attributes(one.attributes).items()}
+                        found.append(
+                            SimpleNamespace(
+                                name=one.name,
+                                trace=one.trace_id,
+                                id=one.span_id,
+                                parent=one.parent_span_id,
+                                kind=one.kind,
+                                status=one.status,
+                                began=one.start_time_unix_nano,
+                                ended=one.end_time_unix_nano,
+                                facts=names,
+                                service=about["service.name"],
+                            )
+                        )
+        return found
+
+    def named(self, name: str) -> list[Any]:
+        """The spans of a name, in the order of their beginnings."""
+        return sorted((one for one in self.spans() if one.name == name), key=lambda one: one.began)
+
+    def wait(self, name: str, count: int = 1, seconds: float = 20) -> list[Any]:
+        """The spans of a name once there are `count` of them."""
+        deadline = time.monotonic() + seconds
+        while len(self.named(name)) < count:
+            assert time.monotonic() < deadline, sorted(one.name for one in self.spans())
+            time.sleep(0.02)
+        return self.named(name)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _attributes(found: Any) -> dict[str, Any]:
+    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in found}
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """A collector that is sent spans a moment after they end."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    running = Collector()
+    yield running
+    running.close()

@@ -1,6 +1,7 @@
 """The files of deploy/: every setting, option, port and route that they name exists."""
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -167,3 +168,129 @@ def test_a_unit_is_one_that_systemd_takes(name, tmp_path):
     unit.write_text((DEPLOY / name).read_text().replace("/opt/fedcompute/bin/fedcompute", str(program)))
     told = subprocess.run([verify, "verify", unit], capture_output=True, text=True, timeout=60)
     assert (told.returncode, told.stderr) == (0, "")
+
+
+ALERTS = DEPLOY / "prometheus" / "alerts.yaml"
+# Prometheus' own, and one of its process collector's, which are there on Linux alone.
+_OWN_NAMES = {"up", "process_resident_memory_bytes"}
+_WORDS = re.compile(r"\b((?:fedcompute|http_server|create_task|report_result|process)_[a-z_]+)")
+
+
+def _expressions():
+    """(where, expression) of every rule and panel."""
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
+    dashboard = json.loads((DEPLOY / "grafana" / "fedcompute.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+
+
+def test_every_figure_of_an_alert_or_a_panel_is_one_that_servers_give_out():
+    from fedcompute.server.measures import Measures
+    from fedcompute.server.state_gauges import GAUGES
+
+    measures = Measures(("api", "engine"))
+    known = set(GAUGES)
+    for family in measures.registry.collect():
+        known |= {
+            family.name,
+            f"{family.name}_total",
+            *(f"{family.name}_{part}" for part in ("count", "sum", "bucket")),
+        }
+    for where, expression in _expressions():
+        named = set(_WORDS.findall(expression)) - _OWN_NAMES
+        assert named or any(name in expression for name in _OWN_NAMES), where
+        assert named <= known, (where, named - known)
+
+
+def test_every_alert_says_what_is_wrong_and_what_to_do():
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        for rule in group["rules"]:
+            assert rule["annotations"]["summary"]
+            assert len(rule["annotations"]["description"]) > 30, rule["alert"]
+            assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_the_dashboard_draws_the_charts_of_the_reference():
+    panels = json.loads((DEPLOY / "grafana" / "fedcompute.json").read_text())["panels"]
+    titles = {one["title"] for one in panels if one["type"] != "row"}
+    results = ("COMPLETED", "FAILED", "NOT_ELIGIBLE", "FAILED_EXAMPLE_GENERATION", "FAILED_MODEL_COMPUTATION")
+    assert {
+        f"{one} a second, by population" for one in (*results, "FAILED_OPS_ERROR", "CREATED", "NO_TASK_AVAILABLE")
+    } <= titles
+    assert {"Check-ins a minute, by population and outcome", "Check-ins: p50 and p99", "Reports: p50 and p99"} <= titles
+    assert len({one["id"] for one in panels}) == len(panels)
+
+
+_STUCK = """
+rule_files: [alerts.yaml]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'fedcompute_round_status_seconds{population="p",task="1",status="APPLYING"}'
+        values: '0+60x60'
+      - series: 'fedcompute_round_status_seconds{population="p",task="2",status="COLLECTING"}'
+        values: '0+60x60'
+      - series: 'fedcompute_task_created_seconds{population="p",task="3"}'
+        values: '3000+60x60'
+      - series: 'fedcompute_rounds_total{population="p",end="aggregating_failed",reason="storage_failed"}'
+        values: '0x29 1x30'
+      - series: 'fedcompute_engine_alive{instance="a",job="fedcompute"}'
+        values: '1x60'
+    alert_rule_test:
+      - {eval_time: 10m, alertname: FedcomputeRoundStuck, exp_alerts: []}
+      - eval_time: 20m
+        alertname: FedcomputeRoundStuck
+        exp_alerts:
+          - exp_labels: {severity: critical, population: p, task: "1", status: APPLYING}
+            exp_annotations: {summary: S1, description: D1}
+      - {eval_time: 50m, alertname: FedcomputeRoundCollectsLong, exp_alerts: []}
+      - {eval_time: 5m, alertname: FedcomputeTaskWithoutArtifacts, exp_alerts: []}
+      - eval_time: 20m
+        alertname: FedcomputeTaskWithoutArtifacts
+        exp_alerts:
+          - exp_labels: {severity: warning, population: p, task: "3"}
+            exp_annotations: {summary: S2, description: D2}
+      - {eval_time: 20m, alertname: FedcomputeRoundFailed, exp_alerts: []}
+      - eval_time: 32m
+        alertname: FedcomputeRoundFailed
+        exp_alerts:
+          - exp_labels: {severity: warning, population: p, end: aggregating_failed, reason: storage_failed}
+            exp_annotations: {summary: S3, description: D3}
+      - {eval_time: 30m, alertname: FedcomputeNoEngine, exp_alerts: []}
+"""
+
+
+def test_alerts_fire_when_something_is_stuck_and_not_before(tmp_path):
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool (Debian: prometheus)")
+    rules = {
+        rule["alert"]: rule["annotations"]
+        for group in yaml.safe_load(ALERTS.read_text())["groups"]
+        for rule in group["rules"]
+    }
+    text = _STUCK
+    for number, (name, labels) in enumerate(
+        (
+            ("FedcomputeRoundStuck", {"population": "p", "task": "1", "status": "APPLYING"}),
+            ("FedcomputeTaskWithoutArtifacts", {"population": "p", "task": "3"}),
+            ("FedcomputeRoundFailed", {"population": "p", "end": "aggregating_failed", "reason": "storage_failed"}),
+        ),
+        1,
+    ):
+        for letter, part in (("S", "summary"), ("D", "description")):
+            told = rules[name][part]
+            for label, words in labels.items():
+                told = told.replace(f"{{{{ $labels.{label} }}}}", words)
+            text = text.replace(f"{letter}{number}", json.dumps(told))
+    shutil.copy(ALERTS, tmp_path / "alerts.yaml")
+    (tmp_path / "test.yaml").write_text(text)
+    done = subprocess.run(["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checked = subprocess.run(
+        ["promtool", "check", "rules", "alerts.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr

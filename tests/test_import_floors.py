@@ -12,7 +12,7 @@ import fedcompute
 ROOT = Path(fedcompute.__file__).parent
 FLOORS = {
     "protos": 0, "errors": 0,
-    "tensors": 1, "crypto": 1,
+    "tensors": 1, "crypto": 1, "tracing": 1,
     "privacy": 2,
     "learning": 3,
     "models": 4, "storage": 4,
@@ -26,7 +26,7 @@ WITH_TENSORFLOW = {"models", "builder", "device"}
 # Of the server, the module that runs plans with server graphs, and only when there is such a plan.
 MODULES_WITH_TENSORFLOW = {"server/graph_plans/session.py"}
 # Too slow for the start of a server or a prompt: imported where they are used.
-HEAVY = {"tensorflow", "keras", "dp_accounting", "matplotlib", "sklearn", "h5py", "plotly", "scipy"}
+HEAVY = {"tensorflow", "keras", "dp_accounting", "matplotlib", "sklearn", "h5py", "plotly", "scipy", "opentelemetry"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
 

@@ -19,6 +19,7 @@ from fedcompute.crypto.secret_box import KEY_BYTES
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.monitoring.pages.errors import error_page
 from fedcompute.monitoring.pages.routes import PAGES
+from fedcompute.monitoring.tracing import FLUSH_S, SERVER, start_tracing
 from fedcompute.server.api import assignments, blobs, health, keys, measuring, operations, reports
 from fedcompute.server.api.addresses import Addresses
 from fedcompute.server.api.admission import Admission
@@ -73,11 +74,14 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         except FedComputeError as error:
             app.state.start_error = error
             raise
+        stop_tracing = start_tracing(None, SERVER)
         workers = executor or ProcessExecutor(settings.worker_count)
         recorder = Recorder(database, measures)
+        database.observe = measures.transaction
         try:
             engine = Engine(lambda: passes())
             try:
+                stop_tracing = await run_in_threadpool(start_tracing, settings.tracing_url, SERVER)
                 app.state.context = context = _context(settings, database, workers, engine, measures)
             except FedComputeError as error:
                 app.state.start_error = error
@@ -93,6 +97,7 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
         finally:
             await run_in_threadpool(recorder.stop)
             workers.close()
+            await run_in_threadpool(stop_tracing, min(FLUSH_S, settings.stop_grace))
             _close_authentication(app)
             database.close()
             if claim is not None:

@@ -34,6 +34,7 @@ from fedcompute.models.saved_model import load_functional_model
 from fedcompute.protos import learning_pb2, plan_pb2, task_builder_pb2, task_pb2
 from fedcompute.tensors.checkpoint import write_checkpoint
 from fedcompute.tensors.tree import Tensors
+from fedcompute.tracing import span
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +60,22 @@ def build_task_group(
     """
     flags = flags if flags is not None else task_builder_pb2.ExperimentFlags()
     report = report if report is not None else task_builder_pb2.TaskReport()
-    settings = validate(config, flags, default_population=default_population)
-    _report_settings(report, settings, flags)
-    choices = choose(settings)
+    with span("validate"):
+        settings = validate(config, flags, default_population=default_population)
+        _report_settings(report, settings, flags)
+        choices = choose(settings)
     logger.info("Basic config is valid. Start validating differential privacy setup...")
-    accounting = _differential_privacy(settings, flags, report)
+    with span("differential_privacy"):
+        accounting = _differential_privacy(settings, flags, report)
     logger.info("Task config is valid! Start building the task group.")
     metrics = choose_metrics(settings.metrics)
     report.metric_results.accepted_metrics = ", ".join(metrics.accepted)
     report.metric_results.rejected_metrics = ", ".join(metrics.rejected)
     report.warnings.extend(metrics.warnings)
 
-    check_saved_model(Path(saved_model_dir))
-    model = load_functional_model(saved_model_dir)
+    with span("load_model"):
+        check_saved_model(Path(saved_model_dir))
+        model = load_functional_model(saved_model_dir)
     process = _process(choices, model, metrics.accepted, None if flags.skip_dp_aggregator else accounting, report)
     client = ClientSettings(
         label_name=settings.config.label_name,
@@ -90,7 +94,8 @@ def build_task_group(
     if settings.evaluation is not None:
         evaluated, uri = evaluation_process(process, metrics.accepted), settings.evaluation.example_selector_uri
         halves.append(_client_half("evaluation", model, evaluated, client, uri, versions, lower_ops))
-    dp = _exact(settings, accounting, report, notes=not flags.skip_dp_aggregator)
+    with span("exact_epsilon"):
+        dp = _exact(settings, accounting, report, notes=not flags.skip_dp_aggregator)
     built = {}
     for half in halves:
         report.warnings.extend(half.warnings)
@@ -215,8 +220,9 @@ def _client_half(
     """The device's graph of one process; `versions` None skips the op check."""
     selector = example_selector(selector_uri)
     settings = replace(client, selector=selector.SerializeToString())
-    graph = _step("Cannot build the plan", lambda: _device_graph(model, process, settings, versions, lower_ops))
-    version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph.flatbuffer), versions)
+    graph = _step("Cannot build the plan", lambda: _device_graph(kind, model, process, settings, versions, lower_ops))
+    with span("op_check", {"kind": kind, "skipped": versions is None}):
+        version = NO_MINIMUM if versions is None else min_client_version(flex_ops(graph.flatbuffer), versions)
     if versions is not None:
         logger.info("The task can only run on Android build %s or above", version)
     warnings = (f"{kind}: {graph.lowered}",) if graph.lowered else ()
@@ -225,23 +231,32 @@ def _client_half(
 
 def _artifacts(half: _Half, state: Tensors, task: task_pb2.Task) -> BuiltTask:
     """Plan, device plan and checkpoint."""
-    plan = build_plan(half.process, half.flatbuffer, half.selector)
-    logger.info("Plan was built successfully.")
-    client_plan = client_only_plan(plan)
-    logger.info("ClientOnlyPlan was built successfully.")
-    checkpoint = _step("Cannot build the initial checkpoint", lambda: write_checkpoint(state))
-    logger.info("Initial checkpoint was built successfully.")
-    return BuiltTask(task, plan.SerializeToString(), client_plan.SerializeToString(), checkpoint)
+    with span("plan", {"kind": half.kind}) as traced:
+        plan = build_plan(half.process, half.flatbuffer, half.selector)
+        logger.info("Plan was built successfully.")
+        client_plan = client_only_plan(plan)
+        logger.info("ClientOnlyPlan was built successfully.")
+        checkpoint = _step("Cannot build the initial checkpoint", lambda: write_checkpoint(state))
+        logger.info("Initial checkpoint was built successfully.")
+        built = BuiltTask(task, plan.SerializeToString(), client_plan.SerializeToString(), checkpoint)
+        traced["bytes"] = len(built.plan) + len(built.client_plan) + len(built.checkpoint)
+        return built
 
 
 def _device_graph(
+    kind: str,
     model: FunctionalModel,
     process: learning_pb2.LearningProcess,
     settings: ClientSettings,
     versions: Mapping[str, int] | None,
     lower_ops: LowerOps,
 ) -> DeviceGraph:
-    return device_graph(client_graph(model, process, settings), versions, lower_ops)
+    with span("client_graph", {"kind": kind}):
+        graph = client_graph(model, process, settings)
+    with span("tflite", {"kind": kind}) as traced:
+        found = device_graph(graph, versions, lower_ops)
+        traced["bytes"], traced["lowered"] = len(found.flatbuffer), bool(found.lowered)
+        return found
 
 
 def _step(name: str, work: Callable[[], T]) -> T:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import httpx
 
@@ -13,7 +13,8 @@ KEY_HEADER = "x-api-key"
 _KEY = re.compile(r"fc_[\x21-\x7e]{1,200}")
 _LIMIT = 1 << 16
 _TIMEOUT = 30.0
-_MAY_BUILD = ("builder", "operator")
+BUILDERS = ("builder", "operator")
+READERS = ("viewer", *BUILDERS)
 
 
 def presented_key(headers: Mapping[str, str], query: Mapping[str, str]) -> str:
@@ -39,13 +40,13 @@ def key_header(api_key: str) -> dict[str, str]:
     return {KEY_HEADER: api_key}
 
 
-def check_builder(base_url: str, api_key: str) -> None:
-    """Asks task management whether the key's holder may create tasks; blocks.
+def check_caller(base_url: str, api_key: str, roles: Collection[str] = BUILDERS) -> None:
+    """Asks task management whether the key's holder has one of the roles, by default one that may build; blocks.
 
     Raises RequestRejected: API_KEY_MISSING for no key or nobody to ask, API_KEY_INVALID, ROLE_INSUFFICIENT; and
     OperationFailed(SERVER_UNREACHABLE) if the server does not say.
 
-    Formal guarantees: returns only if the server has answered, to this very key, that its role covers `builder`.
+    Formal guarantees: returns only if the server has answered, to this very key, that its role is one of `roles`.
     """
     if not api_key:
         raise RequestRejected(Reason.API_KEY_MISSING, "this task builder takes requests with an API key only")
@@ -57,8 +58,8 @@ def check_builder(base_url: str, api_key: str) -> None:
     # A server that asks for no keys says `loopback`, whatever a proxy made of the key.
     if status != 200 or not str(document.get("actor", "")).startswith(api_key.split("_")[1] + " "):
         raise OperationFailed(Reason.SERVER_UNREACHABLE, f"the server does not say whose key it is (status {status})")
-    if document.get("role") not in _MAY_BUILD:
-        raise RequestRejected(Reason.ROLE_INSUFFICIENT, "building tasks needs the role builder")
+    if document.get("role") not in roles:
+        raise RequestRejected(Reason.ROLE_INSUFFICIENT, f"this needs one of the roles {', '.join(roles)}")
 
 
 def _asked(base: str, api_key: str) -> tuple[int, dict[str, object]]:

@@ -12,6 +12,7 @@ import httpx
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
+from fedcompute import tracing
 from fedcompute.builder.archive import MAX_CONFIG_BYTES, config_in_archive, is_archive, pack_directory
 from fedcompute.builder.config import LoadedConfig, read_config
 from fedcompute.builder.local_files import local_path
@@ -100,6 +101,17 @@ def send(
     )
     logger.info("Send HTTP request to: %s", endpoint)
     content = request.SerializeToString()
+    with tracing.span("request_build", {"population": request.task_config.population_name}) as traced:
+        traced["bytes"] = len(content)
+        response = _answered(*_posted(endpoint, server, content, api_key, headers or {}))
+        if response.HasField("error_info"):
+            traced["error"] = _type_name(response)
+        return response
+
+
+def _posted(
+    endpoint: str, server: str, content: bytes, api_key: str, headers: Mapping[str, str]
+) -> tuple[httpx.Response, bytes]:
     try:
         with (
             httpx.Client(timeout=_TIMEOUT, trust_env=not _is_local(server)) as client,
@@ -108,13 +120,16 @@ def send(
                 endpoint,
                 params={"key": api_key} if api_key else None,
                 content=content,
-                headers={"content-type": PROTOBUF, **(headers or {})},
+                headers={"content-type": PROTOBUF, **headers, **tracing.headers()},
             ) as answer,
         ):
-            body = _read(answer)
+            return answer, _read(answer)
     except (httpx.HTTPError, httpx.InvalidURL):
         # Without a cause: the library's errors repeat the URL, key included.
         raise BuildFailed(Reason.SERVER_UNREACHABLE, f"Fail to connect: {endpoint}") from None
+
+
+def _answered(answer: httpx.Response, body: bytes) -> task_builder_pb2.BuildTaskResponse:
     if answer.status_code in (401, 403) and (refused := _refusal(body)) is not None:
         raise refused
     if not answer.is_success:
@@ -130,12 +145,17 @@ def render(response: task_builder_pb2.BuildTaskResponse) -> Rendered:
     report = text_format.MessageToString(response.task_report)
     if response.WhichOneof("result") == "task_group":
         return Rendered(True, (SUCCESS, report, text_format.MessageToString(response.task_group)))
-    kind = response.error_info.error_type
-    name = task_builder_pb2.ErrorType.Enum.Name(kind) if kind in task_builder_pb2.ErrorType.Enum.values() else "?"
+    error = response.error_info
     failure = (
-        f"Failed to create task group. Error type: {kind}; Error message: {response.error_info.error_message} [{name}]"
+        f"Failed to create task group. Error type: {error.error_type}; Error message: {error.error_message} "
+        f"[{_type_name(response)}]"
     )
     return Rendered(False, (report, failure))
+
+
+def _type_name(response: task_builder_pb2.BuildTaskResponse) -> str:
+    kind = response.error_info.error_type
+    return task_builder_pb2.ErrorType.Enum.Name(kind) if kind in task_builder_pb2.ErrorType.Enum.values() else "?"
 
 
 def _refusal(body: bytes) -> BuildFailed | None:

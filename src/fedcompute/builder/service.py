@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
@@ -19,11 +20,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from fedcompute import tracing
 from fedcompute.builder.archive import MAX_ARCHIVE_BYTES
 from fedcompute.builder.artifact_places import Place, PlaceRules, artifact_place, write_artifact
 from fedcompute.builder.artifacts import BuiltGroup
 from fedcompute.builder.build_cache import BuildCache, build_key
-from fedcompute.builder.callers import check_builder, presented_key
+from fedcompute.builder.callers import BUILDERS, READERS, check_caller, presented_key
+from fedcompute.builder.measures import BuildMeasures
 from fedcompute.builder.model_sources import fingerprint
 from fedcompute.builder.task_management import PROTOBUF, link_warning, register_group
 from fedcompute.builder.tasks import artifact_only_task
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _Mode = task_builder_pb2.TaskMode
 _ErrorType = task_builder_pb2.ErrorType
+_LONGEST_NAME = 64  # in a trace
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,13 @@ def _key(job: BuildJob) -> bytes | None:
 
 
 def create_service(settings: ServiceSettings) -> Starlette:
-    """The ASGI application with its four routes."""
+    """The ASGI application with its routes."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.worker = BuildWorker(settings.build_memory)
+        app.state.measures = BuildMeasures()
         try:
             yield
         finally:
@@ -146,6 +151,7 @@ def create_service(settings: ServiceSettings) -> Starlette:
         routes=[
             Route("/taskbuilder/v1:build-task-group", build_task_group, methods=["POST"]),
             Route("/taskbuilder/v1:build-artifacts", build_artifacts, methods=["POST"]),
+            Route("/metrics", metrics, methods=["GET"]),
             Route("/ready", greet, methods=["GET"]),
             Route("/healthz", greet, methods=["GET"]),
         ],
@@ -156,6 +162,14 @@ def create_service(settings: ServiceSettings) -> Starlette:
 async def greet(request: Request) -> Response:
     """GET /ready and /healthz."""
     return PlainTextResponse("The task builder is ready.\n")
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: what the service measures of itself; whoever may build may read it, and viewers of the server."""
+    if refusal := await _refused(request, READERS):
+        return refusal
+    measures: BuildMeasures = request.app.state.measures
+    return Response(measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def build_task_group(request: Request) -> Response:
@@ -173,14 +187,9 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
     # A web page in the user's browser can send neither this type nor this host name unasked.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != PROTOBUF:
         return PlainTextResponse(f"send a BuildTaskRequest as {PROTOBUF}\n", status_code=415)
-    if settings.hosts and urlsplit(f"//{request.headers.get('host', '')}").hostname not in settings.hosts:
-        return PlainTextResponse("this service is addressed by another name\n", status_code=403)
+    if refusal := await _refused(request, BUILDERS):
+        return refusal
     api_key = presented_key(request.headers, request.query_params)
-    if api_key or settings.require_api_keys:
-        try:
-            await run_in_threadpool(check_builder, settings.task_management_url, api_key)
-        except FedComputeError as error:
-            return _refusal(error)
     body = await _read_body(request, settings.max_request_bytes)
     if body is None:
         return PlainTextResponse(f"a request has at most {settings.max_request_bytes} bytes\n", status_code=413)
@@ -190,23 +199,48 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
         return PlainTextResponse("Unable to decode request body: no BuildTaskRequest\n", status_code=400)
     response = task_builder_pb2.BuildTaskResponse()
     response.task_report.SetInParent()
+    facts: dict[str, tracing.Value] = {
+        "population": message.task_config.population_name[:_LONGEST_NAME],
+        "artifact_only": artifact_only,
+        "bytes": len(body),
+    }
+    started, outcome = time.monotonic(), "built"
     try:
-        result = await _build(
-            request.app.state.worker,
-            settings,
-            message,
-            response.task_report,
-            artifact_only,
-            api_key or settings.api_key,
-        )
+        with tracing.span("build", facts, parent=tracing.received(request.headers), serves=True) as traced:
+            result = await _build(
+                request.app.state.worker,
+                settings,
+                message,
+                response.task_report,
+                artifact_only,
+                api_key or settings.api_key,
+            )
+            if isinstance(result, task_builder_pb2.ErrorInfo):
+                traced["error"] = _ErrorType.Enum.Name(result.error_type)
     except FedComputeError as error:
         result = error_info(error)
     if isinstance(result, task_builder_pb2.ErrorInfo):
-        logger.warning("A task group was refused: %s", _ErrorType.Enum.Name(result.error_type))
+        outcome = _ErrorType.Enum.Name(result.error_type)
+        logger.warning("A task group was refused: %s", outcome)
         response.error_info.CopyFrom(result)
     else:
         response.task_group.CopyFrom(result)
+    request.app.state.measures.built(outcome, time.monotonic() - started)
     return Response(response.SerializeToString(), media_type=PROTOBUF)
+
+
+async def _refused(request: Request, roles: Collection[str]) -> Response | None:
+    """The answer for a caller who addresses another host or has none of the roles; None for everybody else."""
+    settings: ServiceSettings = request.app.state.settings
+    if settings.hosts and urlsplit(f"//{request.headers.get('host', '')}").hostname not in settings.hosts:
+        return PlainTextResponse("this service is addressed by another name\n", status_code=403)
+    api_key = presented_key(request.headers, request.query_params)
+    if api_key or settings.require_api_keys:
+        try:
+            await run_in_threadpool(check_caller, settings.task_management_url, api_key, roles)
+        except FedComputeError as error:
+            return _refusal(error)
+    return None
 
 
 def _refusal(error: FedComputeError) -> Response:
@@ -238,12 +272,14 @@ async def _build(
         settings.allow_object_stores,
     )
     outcome = await worker.build(job, settings.build_timeout)
+    tracing.tell(outcome.spans)
     report.CopyFrom(outcome.report)
     if outcome.group is None:
         assert outcome.error is not None, "an outcome is a group or an error"
         return outcome.error
     if artifact_only:
-        return await run_in_threadpool(_write_group, outcome.group, places)
+        with tracing.span("write_artifacts"):
+            return await run_in_threadpool(_write_group, outcome.group, places)
     register = partial(register_group, settings.task_management_url, outcome.group, api_key=api_key)
     group = await run_in_threadpool(register)
     if warning := link_warning(group):

@@ -14,6 +14,7 @@ from fedcompute.builder.callers import key_header
 from fedcompute.builder.identity import id_token_header
 from fedcompute.errors import BuildFailed, Reason
 from fedcompute.protos import task_builder_pb2, task_pb2
+from fedcompute.tracing import headers, span
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,16 @@ def register_group(base_url: str, group: BuiltGroup, *, api_key: str = "") -> ta
     with httpx.Client(timeout=_TIMEOUT, transport=httpx.HTTPTransport(retries=2)) as client:
         try:
             for _, built in kinds:
-                created.append(_create(client, base, built.task, identity))
+                facts = {"population": built.task.population_name, "correlation_id": built.task.correlation_id}
+                with span("register_task", facts) as traced:
+                    created.append(_create(client, base, built.task, {**identity, **headers()}))
+                    traced["task"] = created[-1].task_id
             uploads = [_uploads(task, built) for task, (_, built) in zip(created, kinds, strict=True)]
             for task, parts in zip(created, uploads, strict=True):
-                for url, data in parts:
-                    _upload(client, task.task_id, url, data)
+                size = sum(len(data) for _, data in parts)
+                with span("upload_artifacts", {"task": task.task_id, "bytes": size}):
+                    for url, data in parts:
+                        _upload(client, task.task_id, url, data)
                 logger.info("Artifacts are uploaded for task %s.", task.task_id)
         except Exception:
             _cancel(client, base, created, identity)

@@ -16,6 +16,7 @@ from fedcompute.builder.lower_ops import read_lower_ops
 from fedcompute.builder.model_sources import model_directory
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
 from fedcompute.protos import task_builder_pb2
+from fedcompute.tracing import Finished, keep
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,14 @@ class BuildJob:
 class BuildOutcome:
     """Either a group or an error, and the report as far as the work got.
 
-    `worn`: the process holds so much memory after it that another build should have a new one.
+    `worn`: the process holds so much memory after it that another build should have a new one. `spans`: its steps.
     """
 
     report: task_builder_pb2.TaskReport
     group: BuiltGroup | None = None
     error: task_builder_pb2.ErrorInfo | None = None
     worn: bool = False
+    spans: tuple[Finished, ...] = ()
 
 
 def prepare_worker(memory_bytes: int) -> None:
@@ -79,7 +81,11 @@ def _end_with(sentinel: int) -> None:
 
 def run_build(job: BuildJob) -> BuildOutcome:
     """Builds a request's task group; every failure becomes an error in the published words."""
-    return replace(_outcome(job), worn=_data_bytes() > _WORN * resource.getrlimit(resource.RLIMIT_DATA)[0] > 0)
+    with keep() as spans:
+        outcome = _outcome(job)
+    return replace(
+        outcome, spans=tuple(spans), worn=_data_bytes() > _WORN * resource.getrlimit(resource.RLIMIT_DATA)[0] > 0
+    )
 
 
 def _data_bytes() -> int:

@@ -1,5 +1,6 @@
 """Flags as the published programs have them: `--f=v`, `--f v`, one dash or two, `--nof` (spec/task-builder.md 8.2)."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from absl import flags, logging
 from fedcompute import __version__
 from fedcompute.cli.errors import typed_errors
 from fedcompute.cli.quiet import quiet_http_client
+from fedcompute.monitoring.tracing import TRACING_VARIABLE
 
 
 def run(
@@ -49,6 +51,22 @@ def run(
         _fail(f"ValueError: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def define_tracing(values: flags.FlagValues) -> None:
+    """Declares `--tracing_url`."""
+    flags.DEFINE_string(
+        "tracing_url",
+        None,
+        f"URL of an OTLP/HTTP collector for traces, such as http://localhost:4318; {TRACING_VARIABLE} by default, "
+        "where other users of this machine do not see it.",
+        flag_values=values,
+    )
+
+
+def tracing_url(values: flags.FlagValues) -> str | None:
+    """The collector that the flag or the environment names."""
+    return values["tracing_url"].value or os.environ.get(TRACING_VARIABLE) or None
 
 
 def _set_up_logging(program: str) -> None:

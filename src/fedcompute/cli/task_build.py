@@ -1,6 +1,7 @@
 """`fedcompute task build`: a task group built in a process of its own, then registered with the server."""
 
 import json
+import os
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fedcompute.cli import options
 from fedcompute.cli.connection import api_key
 from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
+from fedcompute.tracing import span
 
 _ZIP = ".zip"
 
@@ -66,6 +68,7 @@ def build(
 
     from fedcompute.builder.client import load_config
     from fedcompute.builder.task_management import link_warning, register_group
+    from fedcompute.monitoring.tracing import TASK_BUILDER, TRACING_VARIABLE, traced
     from fedcompute.protos import task_builder_pb2
 
     # Before a build that may take minutes.
@@ -75,15 +78,19 @@ def build(
     flags = task_builder_pb2.ExperimentFlags(
         skip_dp_check=skip_dp_check, skip_dp_aggregator=skip_dp_aggregator, skip_flex_ops_check=skip_flex_ops_check
     )
-    with _status("building plans and checkpoints ...", quiet=as_json):
-        group = _built(_Job(model, loaded.config.SerializeToString(), flags.SerializeToString(), lower_ops))
-    tasks = [built.task for built in (group.training, group.evaluation) if built is not None]
-    warnings = [*loaded.warnings, *group.report.warnings]
-    if not dry_run:
-        with _status(f"registering with {server} ...", quiet=as_json):
-            created = register_group(server, group, api_key=key or "")
-        tasks = [getattr(created, kind) for kind in ("training_task", "eval_task") if created.HasField(kind)]
-        warnings += [text for text in [link_warning(created)] if text]
+    with (
+        traced(os.environ.get(TRACING_VARIABLE) or None, TASK_BUILDER),
+        span("build", {"population": loaded.config.population_name}),
+    ):
+        with _status("building plans and checkpoints ...", quiet=as_json):
+            group = _built(_Job(model, loaded.config.SerializeToString(), flags.SerializeToString(), lower_ops))
+        tasks = [built.task for built in (group.training, group.evaluation) if built is not None]
+        warnings = [*loaded.warnings, *group.report.warnings]
+        if not dry_run:
+            with _status(f"registering with {server} ...", quiet=as_json):
+                created = register_group(server, group, api_key=key or "")
+            tasks = [getattr(created, kind) for kind in ("training_task", "eval_task") if created.HasField(kind)]
+            warnings += [text for text in [link_warning(created)] if text]
     group.report.ClearField("warnings")
     if as_json:
         report = MessageToDict(group.report, preserving_proto_field_name=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from fedcompute.cli.connection import api_key
-from fedcompute.cli.flags import run
+from fedcompute.cli.flags import define_tracing, run, tracing_url
 from fedcompute.cli.server import serve
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.listening import listen
@@ -78,6 +78,7 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("build_timeout", 540, "Seconds that one build may take.", 1, flag_values=values)
     flags.DEFINE_integer("build_memory", 8192, "MiB of data that the build process may hold.", 1, flag_values=values)
+    define_tracing(values)
     for name in _SKIP_FLAGS:
         flags.DEFINE_boolean(f"allow_{name}", True, f"Let requests set {name}.", flag_values=values)
 
@@ -117,16 +118,19 @@ def _serve(values: flags.FlagValues) -> int:
         forbidden_flags=frozenset(name for name in _SKIP_FLAGS if not values[f"allow_{name}"].value),
         op_table=_read_ops(values["support_ops"].value),
     )
+    from fedcompute.monitoring.tracing import TASK_BUILDER, traced
+
     listener = listen(values["host"].value, values["port"].value)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         create_service(settings), http="h11", log_config=None, access_log=False, server_header=False, lifespan="on"
     )
-    serve(
-        uvicorn.Server(config),
-        [listener],
-        f"task builder listening on http://{host}:{port}\n  tasks go to     {tasks_url}\n  stop with       Ctrl-C",
-    )
+    with traced(tracing_url(values), TASK_BUILDER):
+        serve(
+            uvicorn.Server(config),
+            [listener],
+            f"task builder listening on http://{host}:{port}\n  tasks go to     {tasks_url}\n  stop with       Ctrl-C",
+        )
     return 0
 
 

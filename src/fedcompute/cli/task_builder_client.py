@@ -3,7 +3,7 @@
 from absl import flags, logging
 
 from fedcompute.cli.connection import api_key
-from fedcompute.cli.flags import run
+from fedcompute.cli.flags import define_tracing, run, tracing_url
 from fedcompute.protos import task_pb2
 
 USAGE = """
@@ -47,6 +47,7 @@ def _define(values: flags.FlagValues) -> None:
         ("skip_dp_aggregator", "Build without clipping and noise."),
     ):
         flags.DEFINE_boolean(name, False, text, flag_values=values)
+    define_tracing(values)
     flags.DEFINE_enum(
         "lower_ops",
         "auto",
@@ -58,6 +59,7 @@ def _define(values: flags.FlagValues) -> None:
 
 def _build(values: flags.FlagValues) -> int:
     from fedcompute.builder.client import build_request, load_config, render, send
+    from fedcompute.monitoring.tracing import TASK_BUILDER_CLIENT, traced
     from fedcompute.protos import task_builder_pb2
 
     saved_model = values["saved_model"].value or ""
@@ -81,13 +83,9 @@ def _build(values: flags.FlagValues) -> int:
     artifact_only = values["build_artifact_only"].value
     endpoint = f"{server.removesuffix('/')}/taskbuilder/v1:build-{'artifacts' if artifact_only else 'task-group'}"
     given = values["api_key"].value or ""
-    response = send(
-        request,
-        server,
-        artifact_only=artifact_only,
-        api_key=given,
-        headers={} if given else _headers(endpoint, values["impersonate_service_account"].value or ""),
-    )
+    headers = {} if given else _headers(endpoint, values["impersonate_service_account"].value or "")
+    with traced(tracing_url(values), TASK_BUILDER_CLIENT):
+        response = send(request, server, artifact_only=artifact_only, api_key=given, headers=headers)
     response.task_report.warnings[:0] = loaded.warnings
     # Only where there are tasks: touching the group of a refusal would turn it into a success.
     if response.HasField("task_group"):

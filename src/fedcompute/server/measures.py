@@ -9,20 +9,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 
 from fedcompute import __version__
-from fedcompute.storage.request_minutes import BUCKETS, CHECK_IN, RequestMinute, bucket_of
+from fedcompute.storage.request_minutes import BUCKETS, CHECK_IN, REPORT, RequestMinute, bucket_of
 
 # Whatever name a check-in gives that no task has.
 UNKNOWN = "unknown"
 # Of a check-in that got an assignment.
 CREATED = "CREATED"
+TIMERS = {CHECK_IN: "create_task_assignment_seconds", REPORT: "report_result_seconds"}
 _WINDOW = 60.0
 _LATENCIES = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _DURATIONS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3_600.0, 14_400.0, 86_400.0)
+
+# The time since which something is counted would be a series more for each; a process tells when it started.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -41,10 +53,8 @@ class Measures:
         self._lock = threading.Lock()
         self._known: frozenset[str] = frozenset()
         self._minutes: dict[tuple[int, str, str, str], _Count] = {}
-        self._requests = self._summary(
-            "create_task_assignment_seconds", "Check-ins of devices.", ("population", "result")
-        )
-        self._reports = self._summary("report_result_seconds", "Reports of devices.", ("population", "result"))
+        self._requests = self._summary(TIMERS[CHECK_IN], "Check-ins of devices.", ("population", "result"))
+        self._reports = self._summary(TIMERS[REPORT], "Reports of devices.", ("population", "result"))
         self._longest = _Longest()
         self.registry.register(self._longest)
         self._http = Histogram(
@@ -69,7 +79,15 @@ class Measures:
         self._jobs = self._counter("fedcompute_jobs", "Jobs of the round engine that ended.", ("kind", "outcome"))
         self._job_seconds = self._summary("fedcompute_job_seconds", "Time of jobs, queue included.", ("kind",))
         self._passes = self._summary("fedcompute_engine_pass_seconds", "Passes of the round engine.", ())
+        self._leases_lost = self._counter("fedcompute_leases_lost", "Leases of jobs that another engine took.", ())
         self._uploads = self._counter("fedcompute_upload_bytes", "Bytes of uploads as they travelled.", ())
+        self._database = Histogram(
+            "fedcompute_database_seconds",
+            "Transactions by whether they may write, the wait for a connection or a turn included.",
+            ("kind",),
+            registry=self.registry,
+            buckets=_LATENCIES,
+        )
         info = Gauge(
             "fedcompute_build_info",
             "1; version and roles are its labels.",
@@ -98,10 +116,9 @@ class Measures:
         label = self.population(population)
         timer = self._requests if endpoint == CHECK_IN else self._reports
         timer.labels(label, result).observe(seconds)
-        name = "create_task_assignment_seconds" if endpoint == CHECK_IN else "report_result_seconds"
         key = (int(time.time() // 60), endpoint, label, result)
+        self._longest.add(TIMERS[endpoint], label, result, seconds)
         with self._lock:
-            self._longest.add(name, label, result, seconds)
             count = self._minutes.setdefault(key, _Count())
             count.requests += 1
             count.seconds += seconds
@@ -133,6 +150,14 @@ class Measures:
     def engine_pass(self, seconds: float) -> None:
         """Notes a pass of the round engine."""
         self._passes.observe(seconds)
+
+    def leases_lost(self, count: int) -> None:
+        """Counts leases of jobs that this engine held and another one has now."""
+        self._leases_lost.inc(count)
+
+    def transaction(self, kind: str, seconds: float) -> None:
+        """Notes a transaction of the database, `read` or `write`."""
+        self._database.labels(kind).observe(seconds)
 
     def uploaded(self, size: int) -> None:
         """Counts the bytes of an upload."""
@@ -179,21 +204,24 @@ class _Longest:
     """The longest request of the last one to two minutes, as a timer's `_max`."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._began = time.monotonic()
         self._now: dict[tuple[str, str, str], float] = {}
         self._before: dict[tuple[str, str, str], float] = {}
 
     def add(self, name: str, population: str, result: str, seconds: float) -> None:
-        self._turn()
         key = (name, population, result)
-        self._now[key] = max(self._now.get(key, 0.0), seconds)
+        with self._lock:
+            self._turn()
+            self._now[key] = max(self._now.get(key, 0.0), seconds)
 
     def collect(self) -> Iterator[Metric]:
-        self._turn()
-        longest = dict(self._before)
-        for key, seconds in list(self._now.items()):
-            longest[key] = max(longest.get(key, 0.0), seconds)
-        for name in ("create_task_assignment_seconds", "report_result_seconds"):
+        with self._lock:
+            self._turn()
+            longest = dict(self._before)
+            for key, seconds in self._now.items():
+                longest[key] = max(longest.get(key, 0.0), seconds)
+        for name in TIMERS.values():
             labels = ("population", "result")
             family = GaugeMetricFamily(f"{name}_max", "The longest of the last minutes.", labels=labels)
             for (timer, population, result), seconds in sorted(longest.items()):

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedcompute.errors import FedComputeError
@@ -41,6 +41,11 @@ class Readiness:
         self._patience = patience
         self._looks: dict[str, _Look] = {}
         self._told: set[str] = set()
+
+    @property
+    def parts(self) -> Collection[str]:
+        """The names of the parts."""
+        return self._parts.keys()
 
     async def problems(self) -> dict[str, str]:
         """What does not work, by part; takes no longer than the patience. Changes are logged. For one event loop."""

@@ -282,6 +282,13 @@ class Settings:
         "warning", "How much is logged, to stderr.", LOGS, choices=("debug", "info", "warning", "error")
     )
     log_format: str = setting("text", "How a line of the log is written.", LOGS, choices=("text", "json"))
+    tracing_url: str | None = setting(
+        None,
+        "URL of an OTLP/HTTP collector for traces, such as http://localhost:4318.",
+        LOGS,
+        shown="nothing is traced",
+        secret=True,
+    )
 
     def __post_init__(self) -> None:
         for one in fields(self):

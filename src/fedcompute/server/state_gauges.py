@@ -4,9 +4,12 @@ import math
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime, timedelta
 
+from cryptography.x509 import load_pem_x509_certificates
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from sqlalchemy import and_, func, select
 
@@ -16,6 +19,7 @@ from fedcompute.server.doctor.findings import Patient
 from fedcompute.server.doctor.machine import folders
 from fedcompute.storage import schema
 from fedcompute.storage.assignments import count_assignments
+from fedcompute.storage.batches import sum_batches
 from fedcompute.storage.charts import newest_entries
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.iterations import list_iterations
@@ -26,7 +30,27 @@ from fedcompute.storage.tasks import list_tasks
 _KEPT = 5.0
 _PATIENCE = 2.0
 _MOST = 200
+_LARGEST_CERTIFICATE = 1 << 20
 _TASK_LABELS = ("population", "task")
+# Every name that a scrape may have from here.
+GAUGES = (
+    "fedcompute_authentications_total",
+    "fedcompute_batch_oldest_seconds",
+    "fedcompute_batches_waiting",
+    "fedcompute_disk_free_bytes",
+    "fedcompute_engine_alive",
+    "fedcompute_epsilon_budget",
+    "fedcompute_epsilon_spent",
+    "fedcompute_jobs_running",
+    "fedcompute_jobs_waiting",
+    "fedcompute_round_assignments",
+    "fedcompute_round_contributions",
+    "fedcompute_round_report_goal",
+    "fedcompute_round_status_seconds",
+    "fedcompute_scrape_complete",
+    "fedcompute_task_created_seconds",
+    "fedcompute_tasks",
+)
 
 
 class StateGauges:
@@ -68,7 +92,7 @@ def state(context: Context) -> Iterable[Metric]:
     moment = now()
     with context.database.read() as tx:
         yield from _tasks(tx, moment)
-        yield from _rounds(tx, moment)
+        yield from _rounds(context, tx, moment)
         yield from _batches(tx, moment)
         yield from _budgets(tx)
     if context.authentication is not None:
@@ -84,14 +108,38 @@ def state(context: Context) -> Iterable[Metric]:
             "1 if the round engine finished a pass within a minute.",
             float(context.is_alive()),
         )
-        flying, waiting = context.jobs.sizes()
-        yield _gauge("fedcompute_jobs_running", "Jobs that were given to a worker.", flying)
-        yield _gauge("fedcompute_jobs_waiting", "Jobs that wait to be tried again.", waiting)
-    disk = GaugeMetricFamily("fedcompute_disk_free_bytes", "Free bytes where data lie.", labels=("place",))
-    for place in folders(Patient(context.settings, context.database, context.blobs, moment)):
-        if place.exists():
-            disk.add_metric((place.name,), shutil.disk_usage(place).free)
+        sizes = context.jobs.sizes()
+        yield _gauge("fedcompute_jobs_running", "Jobs that have a worker or wait for one.", sizes.running)
+        yield _gauge("fedcompute_jobs_waiting", "Jobs that wait to be tried again.", sizes.waiting)
+        yield _gauge("fedcompute_jobs_room", "Jobs that are worth having at a time.", sizes.room)
+        yield _gauge("fedcompute_leases_held", "Jobs that this engine keeps from others.", sizes.leases)
+    yield from _keys(context)
+    places = folders(Patient(context.settings, context.database, context.blobs, moment))
+    free = {place.name: shutil.disk_usage(place).free for place in places if place.exists()}
+    disk = _family("fedcompute_disk_free_bytes", "Free bytes where data lie.", ("place",))
+    for name, count in free.items():
+        disk.add_metric((name,), count)
     yield disk
+
+
+def _keys(context: Context) -> Iterable[Metric]:
+    if context.key_list is None:
+        table = schema.encryption_key
+        with context.database.read() as tx:
+            last = tx.execute(
+                select(table.c.published_until).order_by(table.c.published_until.desc()).limit(1)
+            ).scalar()
+        if last is not None:
+            about = "When the newest encryption key is no longer published."
+            yield _gauge("fedcompute_encryption_key_expiry_timestamp_seconds", about, last.timestamp())
+    file = context.settings.tls_certificate
+    if file is not None:
+        # What is wrong with a file that the server could read when it started, the log tells.
+        with suppress(OSError, ValueError), file.open("rb") as stream:
+            leaf = load_pem_x509_certificates(stream.read(_LARGEST_CERTIFICATE))[0]
+            about = "When the certificate of TLS expires."
+            seconds = leaf.not_valid_after_utc.timestamp()
+            yield _gauge("fedcompute_tls_certificate_expiry_timestamp_seconds", about, seconds)
 
 
 def _tasks(tx: Transaction, moment: datetime) -> Iterable[Metric]:
@@ -107,22 +155,50 @@ def _tasks(tx: Transaction, moment: datetime) -> Iterable[Metric]:
     yield created
 
 
-def _rounds(tx: Transaction, moment: datetime) -> Iterable[Metric]:
-    labels = (*_TASK_LABELS, "status")
-    seconds = _family("fedcompute_round_status_seconds", "How long rounds have had their status.", labels)
-    goals = _family("fedcompute_round_report_goal", "Report goals of rounds under way.", _TASK_LABELS)
-    arrived = _family("fedcompute_round_contributions", "Contributions of rounds under way.", _TASK_LABELS)
-    devices = _family("fedcompute_round_assignments", "Devices of rounds under way.", labels)
+def _rounds(context: Context, tx: Transaction, moment: datetime) -> Iterable[Metric]:
+    table = schema.iteration
+    active = [int(status) for status in ACTIVE_ITERATION]
+    query = select(table.c.status, func.count()).where(table.c.status.in_(active)).group_by(table.c.status)
+    counted = {row[0]: row[1] for row in tx.execute(query)}
+    family = _family("fedcompute_rounds_under_way", "Rounds under way by status.", ("status",))
+    for status in sorted(ACTIVE_ITERATION):
+        family.add_metric((status.name,), counted.get(int(status), 0))
+    yield family
+    # Rounds of one task that overlap share its labels.
+    longest: dict[tuple[str, ...], float] = {}
+    goals, arrived, devices = Counter[tuple[str, ...]](), Counter[tuple[str, ...]](), Counter[tuple[str, ...]]()
+    excess: dict[tuple[str, ...], int] = {}
     for row in list_iterations(tx, statuses=ACTIVE_ITERATION, limit=_MOST):
         key = _labels(row.key.task)
-        seconds.add_metric((*key, row.status.name), (moment - row.entered) / timedelta(seconds=1))
-        goals.add_metric(key, row.report_goal)
+        state = (*key, row.status.name)
+        longest[state] = max(longest.get(state, 0.0), (moment - row.entered) / timedelta(seconds=1))
+        goals[key] += row.report_goal
         counts = count_assignments(tx, row.key)
-        arrived.add_metric(key, counts.get(AssignmentStatus.UPLOAD_COMPLETED, 0))
-        for status, count in counts.items():
-            if count:
-                devices.add_metric((*key, status.name), count)
-    yield from (seconds, goals, arrived, devices)
+        arrived[key] += counts.get(AssignmentStatus.UPLOAD_COMPLETED, 0)
+        for reached, count in counts.items():
+            devices[(*key, reached.name)] += count
+        if _fixed_denominator(context, row.key.task):
+            excess[key] = max(excess.get(key, 0), sum_batches(tx, row.key).accepted - row.report_goal)
+    state_labels = (*_TASK_LABELS, "status")
+    for name, about, labels, values in (
+        ("status_seconds", "How long rounds have had their status, the longest of a task.", state_labels, longest),
+        ("report_goal", "Report goals of rounds under way.", _TASK_LABELS, goals),
+        ("contributions", "Contributions that have arrived in rounds under way.", _TASK_LABELS, arrived),
+        ("assignments", "Devices of rounds under way by status.", state_labels, devices),
+        ("excess", "Contributions in a sum beyond what it is divided by, where that is fixed.", _TASK_LABELS, excess),
+    ):
+        family = _family(f"fedcompute_round_{name}", about, labels)
+        for values_of_labels, value in values.items():
+            family.add_metric(values_of_labels, max(0.0, value))
+        yield family
+
+
+def _fixed_denominator(context: Context, task: TaskKey) -> bool:
+    try:
+        return context.plans.server_plan(task).fixed_denominator
+    except FedComputeError:
+        # The engine reads the same plan, and tells.
+        return False
 
 
 def waiting_batches(tx: Transaction) -> tuple[int, datetime | None]:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -68,6 +68,8 @@ class Database:
         self._engine = engine
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._turn = threading.RLock()
+        # Hears of every transaction: `read` or `write`, and how many seconds it took, waiting included.
+        self.observe: Callable[[str, float], None] = lambda kind, seconds: None
 
     @classmethod
     def open(cls, url: str, *, upgrades: bool = True) -> Self:
@@ -116,22 +118,23 @@ class Database:
         the transaction so that others can go on; nothing is written then and the work may be done again.
         """
         deadline = None if within is None else time.monotonic() + within
-        if not self._is_sqlite:
-            with self._transaction(fedcompute_write=True) as tx:
-                if deadline is not None:
-                    tx.exec_driver_sql(f"SET LOCAL lock_timeout = {_milliseconds(deadline)}")
-                yield tx
-                _check_time(deadline)
-            return
-        # Threads of one process queue here instead of polling SQLite's lock.
-        if not self._turn.acquire(timeout=-1 if within is None else max(0.0, within)):
-            raise _too_late()
-        try:
-            with self._transaction(fedcompute_write=True, fedcompute_deadline=deadline) as tx:
-                yield tx
-                _check_time(deadline)
-        finally:
-            self._turn.release()
+        with self._timed("write"):
+            if not self._is_sqlite:
+                with self._transaction(fedcompute_write=True) as tx:
+                    if deadline is not None:
+                        tx.exec_driver_sql(f"SET LOCAL lock_timeout = {_milliseconds(deadline)}")
+                    yield tx
+                    _check_time(deadline)
+                return
+            # Threads of one process queue here instead of polling SQLite's lock.
+            if not self._turn.acquire(timeout=-1 if within is None else max(0.0, within)):
+                raise _too_late()
+            try:
+                with self._transaction(fedcompute_write=True, fedcompute_deadline=deadline) as tx:
+                    yield tx
+                    _check_time(deadline)
+            finally:
+                self._turn.release()
 
     @contextmanager
     def read(self) -> Iterator[Transaction]:
@@ -140,7 +143,7 @@ class Database:
         Raises OperationFailed(STORAGE_FAILED) as `write` does.
         """
         options = {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        with self._transaction(fedcompute_write=False, **options) as tx:
+        with self._timed("read"), self._transaction(fedcompute_write=False, **options) as tx:
             yield tx
 
     def check(self) -> None:
@@ -165,6 +168,14 @@ class Database:
     def close(self) -> None:
         """Closes every idle connection."""
         self._engine.dispose()
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.observe(kind, time.perf_counter() - started)
 
     @contextmanager
     def _transaction(self, **options: Any) -> Iterator[Connection]:

@@ -141,10 +141,19 @@ def list_tasks(
     return [task_row(row) for row in tx.execute(query)]
 
 
-def newest_tasks(tx: Transaction, population: str, *, before: int | None = None, limit: int = 100) -> list[TaskRow]:
-    """A population's tasks, newest first, at most `limit`; of those with ids below `before`."""
+def newest_tasks(
+    tx: Transaction,
+    population: str,
+    *,
+    status: TaskStatus | None = None,
+    before: int | None = None,
+    limit: int = 100,
+) -> list[TaskRow]:
+    """A population's tasks, newest first, at most `limit`; of those in a status, of those with ids below `before`."""
     table = schema.task
     query = select(table).where(table.c.population_name == population)
+    if status is not None:
+        query = query.where(table.c.status == int(status))
     if before is not None:
         query = query.where(table.c.task_id < before)
     return [task_row(row) for row in tx.execute(query.order_by(table.c.task_id.desc()).limit(limit))]

@@ -1,6 +1,7 @@
 """Assignments per minute: sessions by the minute in which they first reached a status (spec/server.md 10.3, 10.4)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from fedcompute.monitoring.pages.charts import MOST_POINTS, Chart, Series
@@ -40,16 +41,42 @@ def status_words(status: AssignmentStatus) -> str:
     return status.name.lower().replace("_", " ")
 
 
+@dataclass(frozen=True)
+class Bins:
+    """Intervals of `step` minutes that follow one another, by their begins."""
+
+    begins: Sequence[datetime]
+    step: int
+
+    def means(self, counts: Mapping[datetime, float]) -> list[float]:
+        """The mean per minute of each interval; one without any count has zero."""
+        values = [0.0] * len(self.begins)
+        for moment, count in counts.items():
+            values[self._place(moment)] += count
+        return [value / self.step for value in values]
+
+    def gaps(self, values: Mapping[datetime, float | None]) -> list[float | None]:
+        """The value of each interval, by its begin; None where there is none."""
+        return [values.get(begin) for begin in self.begins]
+
+    def _place(self, moment: datetime) -> int:
+        return int((moment - self.begins[0]) / (self.step * MINUTE))
+
+
 def minutes_chart(tx: Transaction, tasks: Sequence[TaskKey], until: datetime, span: timedelta) -> Chart:
     """Assignments of `tasks` per minute, one line for each status that occurs, within `span` before `until`."""
-    found = assignments_per_minute(tx, tasks, until - span, until)
-    drawn, step = filled({status_words(status): dict(minutes) for status, minutes in found.items()})
-    places = {status_words(status): STATUS_COLOURS[status] for status in AssignmentStatus}
+    since = begin_of(until, span)
+    found = {status: dict(counts) for status, counts in assignments_per_minute(tx, tasks, since, until).items()}
+    moments = [moment for counts in found.values() for moment in counts]
+    bins = bins_of(min(moments), max(moments), since, until) if moments else Bins([], 1)
     return Chart(
         "Assignments per minute",
         "time (UTC)",
-        per_minute(step),
-        [Series(name, times, values, colour=places[name]) for name, times, values in drawn],
+        per_minute(bins.step),
+        [
+            Series(status_words(status), bins.begins, bins.means(counts), colour=STATUS_COLOURS[status])
+            for status, counts in found.items()
+        ],
         x_is="time",
         empty="No device has been assigned in this time.",
     )
@@ -57,37 +84,38 @@ def minutes_chart(tx: Transaction, tasks: Sequence[TaskKey], until: datetime, sp
 
 def per_minute(step: int, what: str = "assignments") -> str:
     """The title of an axis that counts per minute, in intervals of `step` minutes."""
-    return f"{what} per minute" + (f", mean of {step} min" if step > 1 else "")
+    return f"{what} per minute" + mean_of(step)
 
 
-def filled(
-    counts: Mapping[str, Mapping[datetime, float]],
-) -> tuple[list[tuple[str, list[datetime], list[float]]], int]:
-    """Each name's counts by minute, minutes without any filled with zero, and the minutes of one interval.
+def mean_of(step: int) -> str:
+    """What an axis says of intervals of more than a minute."""
+    return f", mean of {step} min" if step > 1 else ""
 
-    All names share the time from the first count to a minute behind the last. Of more than MOST_POINTS minutes,
-    intervals of several minutes hold their mean.
+
+def begin_of(until: datetime, span: timedelta) -> datetime:
+    """Where a range of time begins: at an interval of its own, so that the first one is whole."""
+    return floor(until - span, _step(int(span / MINUTE)))
+
+
+def bins_of(first: datetime, last: datetime, since: datetime, until: datetime) -> Bins:
+    """The intervals of a chart that has something from the minute `first` to the minute `last`.
+
+    A minute more at each end, which is known to have nothing, as far as they lie between `since` and `until`. Of more
+    than MOST_POINTS minutes, intervals of several.
     """
-    moments = [moment for minutes in counts.values() for moment in minutes]
-    if not moments:
-        return [], 1
-    first, last = min(moments) - MINUTE, max(moments) + MINUTE
-    whole = int((last - first) / MINUTE) + 1
-    step = next((step for step in _STEPS if whole <= step * MOST_POINTS), _STEPS[-1])
-    if step > 1:
-        first = floor(first, step)
-    length = int((last - first) / (step * MINUTE)) + 1
-    times = [first + number * step * MINUTE for number in range(length)]
-    drawn = []
-    for name, minutes in counts.items():
-        values = [0.0] * length
-        for moment, count in minutes.items():
-            values[int((moment - first) / (step * MINUTE))] += count
-        drawn.append((name, times, [value / step for value in values]))
-    return drawn, step
+    begin = max(first - MINUTE, min(first, floor(since, 1)))
+    end = min(last + MINUTE, max(last, floor(until, 1)))
+    step = _step(int((end - begin) / MINUTE) + 1)
+    begin = floor(begin, step)
+    return Bins([begin + place * step * MINUTE for place in range(int((end - begin) / (step * MINUTE)) + 1)], step)
 
 
 def floor(moment: datetime, minutes: int) -> datetime:
     """The begin of the interval of so many minutes, counted from the epoch, that a time lies in."""
     length = 60 * minutes
     return datetime.fromtimestamp(moment.timestamp() // length * length, UTC)
+
+
+def _step(minutes: int) -> int:
+    """The length of an interval, minutes, of which MOST_POINTS are enough wherever the first one begins."""
+    return next((step for step in _STEPS if minutes <= step * (MOST_POINTS - 1)), _STEPS[-1])

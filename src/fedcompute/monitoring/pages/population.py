@@ -1,6 +1,7 @@
 """A population's page: its tasks and rounds, and what its devices do, minute by minute."""
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,14 @@ from starlette.responses import Response
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.monitoring.pages.charts import MOST_POINTS, Chart, Series
-from fedcompute.monitoring.pages.minutes import LONGEST_RANGE, RANGES, minutes_chart
+from fedcompute.monitoring.pages.minutes import RANGES, minutes_chart
 from fedcompute.monitoring.pages.populations import task_line
 from fedcompute.monitoring.pages.rendering import chart_answer, live_page
 from fedcompute.monitoring.pages.table import chart, page
-from fedcompute.monitoring.pages.traffic import outcomes_chart
+from fedcompute.monitoring.pages.traffic import newest_request, outcomes_chart
 from fedcompute.monitoring.plots import metric_label
 from fedcompute.server.context import Context, context_of, now
+from fedcompute.storage.activity import rounds_opened
 from fedcompute.storage.charts import (
     metric_names,
     metric_series,
@@ -28,7 +30,6 @@ from fedcompute.storage.database import Transaction
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.request_minutes import CHECK_IN, REPORT
 from fedcompute.storage.schema import TaskStatus
-from fedcompute.storage.summaries import round_summaries
 from fedcompute.storage.tasks import newest_tasks
 
 TASKS = 50
@@ -57,30 +58,31 @@ async def population_chart(request: Request) -> Response:
     return await chart_answer(request, partial(drawn, context_of(request), name, request.query_params))
 
 
-def span_of(query: QueryParams) -> tuple[str, Any]:
-    """The name and length of the range of time that a query asks for; a month if it asks for none."""
-    name = query.get("range", "30 days")
-    return (name, RANGES[name]) if name in RANGES else ("30 days", LONGEST_RANGE)
+def span_of(query: QueryParams, usual: str = "30 days") -> tuple[str, timedelta]:
+    """The name and length of the range of time that a query asks for; the usual one if it asks for none."""
+    name = query.get("range", usual)
+    name = name if name in RANGES else usual
+    return name, RANGES[name]
 
 
 def _version(context: Context, name: str) -> str:
     with context.database.read() as tx:
-        return overview_version(tx, name)
+        # Check-ins that get nothing change no task; their charts follow once a minute.
+        return f"{overview_version(tx, name)} {newest_request(tx, context, name)}"
 
 
 def _values(context: Context, name: str, query: QueryParams) -> dict[str, Any]:
-    status = query.get("status", "")
+    status = TaskStatus.__members__.get(query.get("status", ""))
     before = int(text) if (text := query.get("before", "")).isdecimal() and len(text) < 10 else None
     with context.database.read() as tx:
-        rows = newest_tasks(tx, name, before=before, limit=TASKS + 1)
-        if not rows and before is None:
+        overview = next(iter(population_overviews(tx, name=name)), None)
+        if overview is None:
             raise RequestRejected(Reason.NOT_FOUND, f"there is no population {name}")
-        shown = [row for row in rows[:TASKS] if not status or row.status.name == status]
-        drawn = [row.key for row in rows[:TASKS_DRAWN]]
+        rows = newest_tasks(tx, name, status=status, before=before, limit=TASKS + 1)
+        shown, drawn = rows[:TASKS], _keys(tx, name, TASKS_DRAWN)
         names = sorted({metric_label(one) for key in drawn for one in metric_names(tx, key)})
         lines = {row.key: task_line(tx, row) for row in shown}
         rounds = newest_attempts(tx, name, limit=ROUNDS)
-        overview = next(iter(population_overviews(tx, name=name)), None)
     wanted, usual = query.get("metric", ""), [*(one for one in names if "accuracy" in one), *names, ""][0]
     return {
         "population": name,
@@ -89,13 +91,13 @@ def _values(context: Context, name: str, query: QueryParams) -> dict[str, Any]:
         "lines": lines,
         "older": rows[TASKS - 1].key.task_id if len(rows) > TASKS else None,
         "rounds": rounds,
-        "status": status,
+        "status": status.name if status is not None else "",
         "statuses": [one.name for one in TaskStatus],
         "names": names,
         "metric": wanted if wanted in names else usual,
         "range": span_of(query)[0],
         "ranges": list(RANGES),
-        "announcement": f"{overview.rounds_released if overview else 0} rounds released",
+        "announcement": f"{overview.rounds_released} rounds released",
     }
 
 
@@ -112,11 +114,10 @@ def _over_time(context: Context, name: str, query: QueryParams) -> Chart:
     since = now() - span_of(query)[1]
     with context.database.read() as tx:
         keys = _keys(tx, name, TASKS_DRAWN)
-        found_all = {key: round_summaries(tx, key, limit=MOST_POINTS) for key in keys}
-    rounds = {key: [one for one in found if one.opened >= since] for key, found in found_all.items()}
+        rounds = {key: rounds_opened(tx, key, since, limit=MOST_POINTS) for key in reversed(keys)}
     series = [
-        Series(f"task {key.task_id}", [one.opened for one in found], [one.key.iteration_id for one in found])
-        for key, found in reversed(rounds.items())
+        Series(f"task {key.task_id}", [opened for _, opened in found], [number for number, _ in found])
+        for key, found in rounds.items()
     ]
     return Chart("Iterations over time", "opened (UTC)", "round", series, x_is="time", empty="No round in this time.")
 
@@ -135,7 +136,7 @@ def _metric(context: Context, name: str, query: QueryParams) -> Chart:
 
 
 def _check_ins(context: Context, name: str, query: QueryParams) -> Chart:
-    return outcomes_chart(context, CHECK_IN, name, span_of(query)[1])
+    return outcomes_chart(context, CHECK_IN, name, span_of(query)[1], query.get("result", ""))
 
 
 def _reports(context: Context, name: str, query: QueryParams) -> Chart:

@@ -1,6 +1,7 @@
 """The first page: every population, what runs in it, what it has learnt and spent."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -12,21 +13,17 @@ from fedcompute.monitoring.pages.attention import attention
 from fedcompute.monitoring.pages.rendering import live_page
 from fedcompute.monitoring.pages.table import page
 from fedcompute.monitoring.pages.task_view import Measured, headline, measured
-from fedcompute.server.context import Context, context_of
-from fedcompute.storage.charts import (
-    PopulationOverview,
-    count_released,
-    metric_names,
-    overview_version,
-    population_overviews,
-)
+from fedcompute.server.context import Context, context_of, now
+from fedcompute.storage.activity import activity, leading_tasks
+from fedcompute.storage.charts import count_released, metric_names, overview_version, population_overviews
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.schema import ACTIVE_TASK, AssignmentStatus
 from fedcompute.storage.summaries import RoundSummary, round_summaries
-from fedcompute.storage.tasks import TaskRow, newest_tasks
+from fedcompute.storage.tasks import TaskRow
 
-POPULATIONS = 50
-TASKS_EACH = 6
+POPULATIONS = 20
+TASKS_EACH = 4
+DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -70,37 +67,24 @@ def _version(context: Context) -> str:
 
 
 def _values(context: Context, query: QueryParams) -> dict[str, Any]:
+    after = query.get("after", "")[:64]
     with context.database.read() as tx:
-        found = population_overviews(tx, after=query.get("after", "")[:64] or None, limit=POPULATIONS + 1)
+        found = population_overviews(tx, after=after or None, limit=POPULATIONS + 1)
         shown = found[:POPULATIONS]
         tasks = {
-            one.name: [task_line(tx, row) for row in newest_tasks(tx, one.name, limit=TASKS_EACH)] for one in shown
+            one.name: [task_line(tx, row) for row in leading_tasks(tx, one.name, limit=TASKS_EACH)] for one in shown
         }
-    lines = [line for listed in tasks.values() for line in listed]
+        goes_on = activity(tx, now() - DAY)
     return {
         # What runs, then what ran last.
         "populations": sorted(shown, key=lambda one: (one.active_tasks > 0, one.last_activity), reverse=True),
         "tasks": tasks,
+        "after": after,
         "following": shown[-1].name if len(found) > POPULATIONS else None,
         "stuck": attention(context),
-        "active": sum(one.active_tasks for one in shown),
-        "released": sum(one.rounds_released for one in shown),
-        "working": sum(
-            count
-            for line in lines
-            if line.newest
-            for status, count in line.newest.assignments.items()
-            if status in (AssignmentStatus.ASSIGNED, AssignmentStatus.LOCAL_COMPLETED)
-        ),
-        "share": _share,
-        "announcement": f"{sum(one.rounds_released for one in shown)} rounds released",
+        "activity": goes_on,
+        "announcement": f"{goes_on.released} rounds released in the last day",
     }
-
-
-def _share(one: PopulationOverview) -> float | None:
-    if one.epsilon is None or not one.budget_epsilon:
-        return None
-    return one.epsilon / one.budget_epsilon
 
 
 operations = (page("/", populations_page, "populations"),)

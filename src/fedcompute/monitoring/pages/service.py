@@ -1,6 +1,7 @@
 """The service's page: how many devices ask, what they are told, and how long it takes (spec/server.md 10.2)."""
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,22 @@ from fedcompute.monitoring.pages.minutes import RANGES
 from fedcompute.monitoring.pages.population import span_of
 from fedcompute.monitoring.pages.rendering import chart_answer, live_page
 from fedcompute.monitoring.pages.table import chart, page
-from fedcompute.monitoring.pages.traffic import latency_chart, outcomes_chart, populations_seen, rate_chart
-from fedcompute.server.context import Context, context_of
+from fedcompute.monitoring.pages.traffic import (
+    LATELY,
+    lately,
+    latency_chart,
+    newest_request,
+    outcomes_chart,
+    rate_chart,
+)
+from fedcompute.server.context import Context, context_of, now
+from fedcompute.server.measures import UNKNOWN
+from fedcompute.storage.charts import population_names
 from fedcompute.storage.request_minutes import CHECK_IN, REPORT
 
+# Seconds between two looks of a page that is open.
+PERIOD = 10
+USUAL_RANGE = "day"
 # Outcomes that have a chart of their own, as an operator looks for one of them.
 CHECK_IN_RESULTS = ("CREATED", "NO_TASK_AVAILABLE")
 REPORT_RESULTS = (
@@ -47,34 +60,44 @@ async def service_chart(request: Request) -> Response:
 
 
 def _version(context: Context) -> str:
-    return str(sum(one.count for one in context.measures.recent()))
+    with context.database.read() as tx:
+        newest = newest_request(tx, context)
+    # While devices ask, every figure moves; more often than this nobody reads them.
+    asking = newest is not None and now() - newest < 2 * LATELY
+    return f"{newest} {int(now().timestamp() // PERIOD) if asking else ''}"
 
 
 def _values(context: Context, query: QueryParams) -> dict[str, Any]:
-    name, span = span_of(query)
-    known = populations_seen(context, span)
+    with context.database.read() as tx:
+        known = [*population_names(tx), UNKNOWN]
     chosen = query.get("population", "")
     return {
+        "lately": lately(context),
+        "minutes": int(LATELY.total_seconds() // 60),
         "populations": known,
         "population": chosen if chosen in known else "",
-        "range": name,
+        "range": span_of(query, USUAL_RANGE)[0],
         "ranges": list(RANGES),
         "check_in_results": CHECK_IN_RESULTS,
         "report_results": REPORT_RESULTS,
     }
 
 
+def _span(query: QueryParams) -> timedelta:
+    return span_of(query, USUAL_RANGE)[1]
+
+
 def _outcomes(endpoint: str, context: Context, query: QueryParams) -> Chart:
     population = query.get("population", "") or None
-    return outcomes_chart(context, endpoint, population, span_of(query)[1], query.get("result", ""))
+    return outcomes_chart(context, endpoint, population, _span(query), query.get("result", ""))
 
 
 SERVICE_CHARTS: Mapping[str, Callable[[Context, QueryParams], Chart]] = {
     "check-ins": partial(_outcomes, CHECK_IN),
     "reports": partial(_outcomes, REPORT),
-    "rate": lambda context, query: rate_chart(context, span_of(query)[1]),
-    "check-in-latency": lambda context, query: latency_chart(context, CHECK_IN, span_of(query)[1]),
-    "report-latency": lambda context, query: latency_chart(context, REPORT, span_of(query)[1]),
+    "rate": lambda context, query: rate_chart(context, _span(query)),
+    "check-in-latency": lambda context, query: latency_chart(context, CHECK_IN, _span(query)),
+    "report-latency": lambda context, query: latency_chart(context, REPORT, _span(query)),
 }
 
 operations = (

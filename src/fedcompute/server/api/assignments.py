@@ -10,6 +10,7 @@ from fedcompute.server.api.admission import CHECK_IN_S
 from fedcompute.server.api.device_auth import authenticate_check_in
 from fedcompute.server.api.messages import ProtoResponse, read_proto
 from fedcompute.server.api.paths import TemplateRoute, split_verb
+from fedcompute.server.context import context_of
 from fedcompute.server.measures import CREATED
 from fedcompute.server.rounds.check_ins import check_ins_of
 from fedcompute.server.security.authentication import Admitted

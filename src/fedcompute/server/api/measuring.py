@@ -1,7 +1,9 @@
 """Times every request, and gives the figures out."""
 
+import asyncio
 import time
 
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,6 +13,7 @@ from fedcompute.server.api.admission import Call, call_of
 from fedcompute.server.api.paths import TemplateRoute
 from fedcompute.server.context import context_of
 from fedcompute.server.measures import Measures
+from fedcompute.server.readiness import Readiness
 from fedcompute.storage.request_minutes import CHECK_IN, REPORT
 
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,8 +59,21 @@ class Measuring:
 
 
 async def metrics(request: Request) -> Response:
-    """Everything that the server measures of itself, in Prometheus' text format."""
-    return Response(await run_in_threadpool(context_of(request).measures.text), media_type=_TEXT)
+    """GET /metrics: everything that the server measures of itself, in Prometheus' text format.
+
+    The answer comes within about two seconds, whatever hangs: it says then which part does not work, and that it is not
+    complete.
+    """
+    readiness: Readiness = request.app.state.readiness
+    text = run_in_threadpool(context_of(request).measures.text)
+    problems, text_of_measures = await asyncio.gather(readiness.problems(), text)
+    registry = CollectorRegistry()
+    ready = Gauge(
+        "fedcompute_part_ready", "1 if a part does its work, as /ready sees it.", ("part",), registry=registry
+    )
+    for part in readiness.parts:
+        ready.labels(part).set(part not in problems)
+    return Response(text_of_measures + generate_latest(registry), media_type=_TEXT)
 
 
 routes = [TemplateRoute("/metrics", metrics, methods=["GET"], name="metrics")]

@@ -31,17 +31,25 @@ async def report_result(request: Request) -> ProtoResponse:
     if isinstance(admitted, ProtoResponse):
         request.state.outcome = "NOT_ADMITTED"
         return admitted
-    request.state.outcome = task_assignments_pb2.ReportResultRequest.Result.Name(message.result)
+    result = _result_name(message.result)
     session = (context, task, iteration_id, session_id)
     left = deadline - time.monotonic()
     key = IterationKey(task.population, task.task_id, iteration_id)
-    with report_span(context, key, request.state.outcome) as traced:
+    with report_span(context, key, result) as traced:
         if completed:
             answer = await persistently(left, context.report_threads, partial(report_completed, *session))
             traced["in_time"] = not answer.HasField("rejection_info")
-            return ProtoResponse(answer)
-        await persistently(left, context.report_threads, partial(report_failed, *session, message.result))
-    return ProtoResponse(task_assignments_pb2.ReportResultResponse())
+        else:
+            await persistently(left, context.report_threads, partial(report_failed, *session, message.result))
+            answer = task_assignments_pb2.ReportResultResponse()
+    request.state.outcome = result
+    return ProtoResponse(answer)
+
+
+def _result_name(result: int) -> str:
+    # A number of a later protocol is as good as UNKNOWN.
+    kinds = task_assignments_pb2.ReportResultRequest.Result
+    return kinds.Name(kinds.ValueType(result)) if result in kinds.values() else "UNKNOWN"
 
 
 routes = [

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fedcompute import tracing
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.protos import task_pb2
 from fedcompute.server.api.acts import audited, caller_of, name_subject
@@ -36,13 +37,20 @@ from fedcompute.storage.tasks import (
 )
 
 MANAGEMENT = "/taskmanagement/"
+_LONGEST_NAME = 64  # in a trace
 
 
 async def create(request: Request) -> Response:
     """Creates a task, CREATED until its artifacts lie where the answer's URL lists say."""
     message = await read_message(request, task_pb2.CreateTaskRequest, limit=TASK_LIMIT)
     message.task.population_name = request.path_params["population"]
-    row = await run_in_threadpool(_create, request, message.task)
+    facts = {
+        "population": message.task.population_name[:_LONGEST_NAME],
+        "correlation_id": message.task.correlation_id[:_LONGEST_NAME],
+    }
+    with tracing.span("create_task", facts, parent=tracing.received(request.headers), serves=True) as traced:
+        row = await run_in_threadpool(_create, request, message.task)
+        traced["task"] = row.key.task_id
     context_of(request).measures.know_one(row.key.population)
     return message_response(request, task_pb2.CreateTaskResponse(task=described(context_of(request), row)))
 

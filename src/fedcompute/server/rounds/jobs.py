@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.executors import Executor
@@ -59,6 +59,15 @@ class _Flight:
     outages: int = 0  # of storage or key service, which do not
     started: float | None = None  # monotonic time at which it was given to the executor; None when that is counted
     resume: float = 0.0  # monotonic time before which a failed job is not started again
+
+
+class Sizes(NamedTuple):
+    """What an engine has to do."""
+
+    running: int  # jobs that were given to a worker and have not ended, those that wait for one included
+    waiting: int  # jobs that failed and wait to be tried again
+    room: int  # jobs that are worth having at a time
+    leases: int  # jobs that no other engine does; none where there is one engine only
 
 
 class Jobs:
@@ -137,6 +146,7 @@ class Jobs:
     def keep(self) -> None:
         """Renews the leases of the jobs; one whose lease was lost is another engine's now, and forgotten here."""
         lost = set() if self._leases is None else self._leases.keep()
+        self._measures.leases_lost(len(lost))
         for key in [key for key in self._flights if str(key) in lost]:
             _LOG.warning("the job for %s took too long to report and goes to another engine", key)
             del self._flights[key]
@@ -157,11 +167,15 @@ class Jobs:
             if iteration not in active and not (isinstance(key, AheadKey | BroadcastKey) and iteration.task in waiting):
                 self.forget(key)
 
-    def sizes(self) -> tuple[int, int]:
-        """How many jobs have been given to a worker, and how many wait to be tried again; from any thread."""
+    def sizes(self) -> Sizes:
+        """How much there is to do; from any thread."""
         flights = list(self._flights.values())
-        given = sum(one.future is not None and not one.future.done() for one in flights)
-        return given, sum(one.future is None for one in flights)
+        return Sizes(
+            running=sum(one.future is not None and not one.future.done() for one in flights),
+            waiting=sum(one.future is None for one in flights),
+            room=self._executor.capacity,
+            leases=0 if self._leases is None else self._leases.count,
+        )
 
     def _count(self, key: JobKey, flight: _Flight, outcome: str) -> None:
         # A job's outcome may be asked for more than once.

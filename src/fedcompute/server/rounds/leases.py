@@ -29,6 +29,11 @@ class Leases:
         self._denied: dict[str, float] = {}  # monotonic time before which there is no sense in asking again
         self._renewed = time.monotonic()
 
+    @property
+    def count(self) -> int:
+        """How many are held; from any thread."""
+        return len(self._held)
+
     def take(self, name: str) -> bool:
         """Whether this engine may do what is called `name`; raises OperationFailed(STORAGE_FAILED)."""
         if name in self._held:
