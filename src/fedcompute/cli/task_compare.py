@@ -5,25 +5,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedcompute.cli import options
 from fedcompute.cli.connection import connect
 from fedcompute.errors import OperationFailed, Reason
-from fedcompute.monitoring.comparison import RunFacts, differing, facts_of_plan, labels
-from fedcompute.monitoring.frames import MetricSeries, series
 from fedcompute.monitoring.operator_api import OperatorApi
 from fedcompute.monitoring.plots import metric_label
+
+if TYPE_CHECKING:
+    from fedcompute.monitoring.comparison import RunFacts
+    from fedcompute.monitoring.frames import MetricSeries
 
 _MOST = 50
 
 
 @dataclass(frozen=True)
 class _Run:
-    facts: RunFacts
-    metrics: dict[str, MetricSeries]
+    facts: "RunFacts"
+    metrics: "dict[str, MetricSeries]"
     epsilon: float | None
     rounds: int
     seconds: float | None
@@ -38,6 +40,8 @@ def compare(
     as_json: options.AsJson = False,
 ) -> None:
     """Show what differs between runs, and what each has learnt and spent."""
+    from fedcompute.monitoring.comparison import differing, labels
+
     keys = [_key(text) for text in runs]
     if not 2 <= len(keys) <= _MOST:
         raise OperationFailed(
@@ -65,6 +69,9 @@ def compare(
 
 
 def _read(api: OperatorApi, population: str, task_id: int) -> _Run:
+    from fedcompute.monitoring.comparison import RunFacts, facts_of_plan
+    from fedcompute.monitoring.frames import series
+
     view = api.task(population, task_id)
     task = view["task"]
     try:
@@ -130,11 +137,11 @@ def _table(documents: Sequence[dict[str, Any]], different: Sequence[str]) -> Any
     return table
 
 
-def _wanted(metrics: dict[str, MetricSeries], metric: str | None) -> dict[str, MetricSeries]:
+def _wanted(metrics: "dict[str, MetricSeries]", metric: str | None) -> "dict[str, MetricSeries]":
     return {name: one for name, one in metrics.items() if metric is None or metric in (name, metric_label(name))}
 
 
-def _best(one: MetricSeries) -> float | None:
+def _best(one: "MetricSeries") -> float | None:
     values = [value for value in one.values if value is not None]
     smaller = any(word in metric_label(one.name) for word in ("loss", "entropy", "error"))
     return (min if smaller else max)(values) if values else None
