@@ -188,12 +188,12 @@ def _expressions():
 
 
 def test_every_figure_of_an_alert_or_a_panel_is_one_that_servers_give_out():
+    from fedcompute.builder.measures import BuildMeasures
     from fedcompute.server.measures import Measures
     from fedcompute.server.state_gauges import GAUGES
 
-    measures = Measures(("api", "engine"))
     known = set(GAUGES)
-    for family in measures.registry.collect():
+    for family in (*Measures(("api", "engine")).registry.collect(), *BuildMeasures().registry.collect()):
         known |= {
             family.name,
             f"{family.name}_total",
@@ -203,6 +203,21 @@ def test_every_figure_of_an_alert_or_a_panel_is_one_that_servers_give_out():
         named = set(_WORDS.findall(expression)) - _OWN_NAMES
         assert named or any(name in expression for name in _OWN_NAMES), where
         assert named <= known, (where, named - known)
+
+
+def test_every_query_of_the_dashboard_is_one_that_prometheus_takes(tmp_path):
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool (Debian: prometheus)")
+    rules = [
+        {"record": f"query:{number}", "expr": expression.replace("$population", ".*")}
+        for number, (_, expression) in enumerate(_expressions())
+    ]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    done = subprocess.run(["promtool", "check", "rules", "rules.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [DEPLOY / "prometheus" / "prometheus.yaml"]
+    done = subprocess.run(["promtool", "check", "config", "--syntax-only", *told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_alert_says_what_is_wrong_and_what_to_do():
@@ -237,7 +252,7 @@ tests:
       - series: 'fedcompute_task_created_seconds{population="p",task="3"}'
         values: '3000+60x60'
       - series: 'fedcompute_rounds_total{population="p",end="aggregating_failed",reason="storage_failed"}'
-        values: '0x29 1x30'
+        values: '_x29 1x30'
       - series: 'fedcompute_engine_alive{instance="a",job="fedcompute"}'
         values: '1x60'
     alert_rule_test:
@@ -262,6 +277,194 @@ tests:
             exp_annotations: {summary: S3, description: D3}
       - {eval_time: 30m, alertname: FedcomputeNoEngine, exp_alerts: []}
 """
+
+
+# Every rule -> what makes it fire at the end of four hours, sampled every five minutes, and with which labels.
+_P = 'population="p"'
+_CHECK_IN = "/taskassignment/v1/population/{population}"
+_FIRING = {
+    "FedcomputeServerDown": (['up{job="fedcompute",instance="a"} | 0x48'], {"job": "fedcompute", "instance": "a"}),
+    "FedcomputeNothingScraped": (['up{job="other"} | 1x48'], {"job": "fedcompute"}),
+    "FedcomputePartNotReady": (
+        ['fedcompute_part_ready{part="blobs",instance="a"} | 0x48'],
+        {"part": "blobs", "instance": "a"},
+    ),
+    "FedcomputeErrors": (['http_server_requests_seconds_count{uri="/x",status="500"} | 0+5x48'], {"uri": "/x"}),
+    "FedcomputeNoEngine": (['fedcompute_engine_alive{instance="a"} | 0x48'], {}),
+    "FedcomputeEngineStandsStill": (['fedcompute_engine_alive{instance="a"} | 0x48'], {"instance": "a"}),
+    "FedcomputeDatabaseSilent": (['fedcompute_scrape_complete{instance="a"} | 0x48'], {"instance": "a"}),
+    "FedcomputeDatabaseSlow": (
+        [
+            'fedcompute_database_seconds_bucket{kind="write",instance="a",le="0.5"} | 0x48',
+            'fedcompute_database_seconds_bucket{kind="write",instance="a",le="1.0"} | 0+5x48',
+            'fedcompute_database_seconds_bucket{kind="write",instance="a",le="+Inf"} | 0+5x48',
+        ],
+        {"kind": "write", "instance": "a"},
+    ),
+    "FedcomputeDiskNearlyFull": (
+        ['fedcompute_disk_free_bytes{place="data",instance="a"} | 1000x48'],
+        {"place": "data", "instance": "a"},
+    ),
+    "FedcomputeCertificateExpires": (
+        ['fedcompute_tls_certificate_expiry_timestamp_seconds{instance="a"} | 30000x48'],
+        {"instance": "a"},
+    ),
+    "FedcomputeEncryptionKeysRunOut": (["fedcompute_encryption_key_expiry_timestamp_seconds | 30000x48"], {}),
+    "FedcomputeTaskWithoutArtifacts": (
+        [f'fedcompute_task_created_seconds{{{_P},task="1",instance="a"}} | 0+300x48'],
+        {"population": "p", "task": "1"},
+    ),
+    "FedcomputeRoundStuck": (
+        [
+            f'fedcompute_round_status_seconds{{{_P},task="1",status="APPLYING",instance="{one}"}} | 0+300x48'
+            for one in "ab"
+        ],
+        {"population": "p", "task": "1", "status": "APPLYING"},
+    ),
+    "FedcomputeRoundCollectsLong": (
+        [f'fedcompute_round_status_seconds{{{_P},task="1",status="COLLECTING"}} | 86000+300x48'],
+        {"population": "p", "task": "1"},
+    ),
+    "FedcomputeBatchesWait": (['fedcompute_batch_oldest_seconds{instance="a"} | 0+300x48'], {}),
+    "FedcomputeMoreWorkThanWorkers": (
+        ['fedcompute_jobs_running{instance="a"} | 4x48', 'fedcompute_jobs_room{instance="a"} | 4x48'],
+        {},
+    ),
+    "FedcomputeLeasesLost": (['fedcompute_leases_lost_total{instance="a"} | 0+5x48'], {}),
+    "FedcomputeRoundFailed": (
+        [f'fedcompute_rounds_total{{{_P},end="applying_failed",reason="internal",instance="a"}} | _x46 1x2'],
+        {"population": "p", "end": "applying_failed", "reason": "internal"},
+    ),
+    "FedcomputeTaskFailed": (['fedcompute_tasks{status="FAILED",instance="a"} | 0x46 1x2'], {}),
+    "FedcomputeJobsFail": (
+        ['fedcompute_jobs_total{kind="update",outcome="failed",instance="a"} | _x46 1x2'],
+        {"kind": "update"},
+    ),
+    "FedcomputeStorageOutage": (
+        ['fedcompute_jobs_total{kind="update",outcome="outage"} | 0+5x48'],
+        {"kind": "update"},
+    ),
+    "FedcomputeContributionsRejected": (
+        [
+            f'fedcompute_contributions_total{{{_P},result="accepted"}} | 0+10x48',
+            f'fedcompute_contributions_total{{{_P},result="norm_too_large"}} | 0+5x48',
+        ],
+        {"population": "p"},
+    ),
+    "FedcomputeDecryptionFails": (
+        [
+            f'fedcompute_contributions_total{{{_P},result="accepted"}} | 0+100x48',
+            f'fedcompute_contributions_total{{{_P},result="unknown_key"}} | 0+5x48',
+        ],
+        {"population": "p"},
+    ),
+    "FedcomputeMoreContributionsThanDenominator": (
+        [f'fedcompute_round_excess{{{_P},task="1",instance="a"}} | 1x48'],
+        {"population": "p", "task": "1"},
+    ),
+    "FedcomputeReportsFail": (
+        [f'report_result_seconds_count{{{_P},result="{one}"}} | 0+5x48' for one in ("COMPLETED", "FAILED_OPS_ERROR")],
+        {"population": "p"},
+    ),
+    "FedcomputeDevicesTurnedAway": (
+        [f'create_task_assignment_seconds_count{{{_P},result="{one}"}} | 0+5x48' for one in ("CREATED", "TURNED_AWAY")],
+        {},
+    ),
+    "FedcomputeNobodyGetsATask": (
+        [f'create_task_assignment_seconds_count{{{_P},result="NO_TASK_AVAILABLE"}} | 0+45x48'],
+        {"population": "p"},
+    ),
+    "FedcomputeVersionsDoNotFit": (
+        [f'create_task_assignment_seconds_count{{{_P},result="CLIENT_VERSION_MISMATCH"}} | 0+45x48'],
+        {"population": "p"},
+    ),
+    "FedcomputeCheckInsSlow": (
+        [
+            f'http_server_requests_seconds_bucket{{uri="{_CHECK_IN}",le="{le}"}} | {values}'
+            for le, values in (("0.5", "0x48"), ("1.0", "0+5x48"), ("+Inf", "0+5x48"))
+        ],
+        {},
+    ),
+    "FedcomputeDevicesNotAdmitted": (
+        [
+            f'fedcompute_authentications_total{{decision="{one}"}} | 0+5x48'
+            for one in ("admitted", "refused: enrolment_invalid")
+        ],
+        {},
+    ),
+    "FedcomputeAttestationUnavailable": (
+        ['fedcompute_authentications_total{decision="service failed: challenge"} | 0+5x48'],
+        {},
+    ),
+    "FedcomputeBudgetNearlySpent": (
+        [
+            f'fedcompute_epsilon_spent{{{_P},instance="a"}} | 1.9x48',
+            f'fedcompute_epsilon_budget{{{_P},instance="a"}} | 2x48',
+        ],
+        {"population": "p"},
+    ),
+    "FedcomputeBudgetSpent": (
+        [f'fedcompute_rounds_total{{{_P},end="refused",reason="budget_spent"}} | _x46 1x2'],
+        {"population": "p"},
+    ),
+    "FedcomputeBuildsFail": (
+        ['fedcompute_build_seconds_count{outcome="TASK_MANAGEMENT_ERROR"} | _x46 3x2'],
+        {"outcome": "TASK_MANAGEMENT_ERROR"},
+    ),
+}
+
+
+def test_every_alert_can_fire_on_several_servers_and_on_the_first_failure(tmp_path):
+    rules = {rule["alert"]: rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]}
+    assert rules.keys() == _FIRING.keys()
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool (Debian: prometheus)")
+
+    def told(rule, labels):
+        return {
+            part: re.sub(r"{{ \$labels\.(\w+) }}", lambda found: labels[found[1]], text)
+            for part, text in rule["annotations"].items()
+        }
+
+    tests = [
+        {
+            "interval": "5m",
+            "input_series": [dict(zip(("series", "values"), one.split(" | "), strict=True)) for one in series],
+            "alert_rule_test": [
+                {
+                    "eval_time": "4h",
+                    "alertname": name,
+                    "exp_alerts": [
+                        {
+                            "exp_labels": {**rules[name]["labels"], **labels},
+                            "exp_annotations": told(rules[name], labels),
+                        }
+                    ],
+                }
+            ],
+        }
+        for name, (series, labels) in _FIRING.items()
+    ]
+    shutil.copy(ALERTS, tmp_path / "alerts.yaml")
+    document = {"rule_files": ["alerts.yaml"], "evaluation_interval": "10m", "tests": tests}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(document))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_of_figures_has_each_of_them_and_every_alert():
+    from fedcompute.builder.measures import BuildMeasures
+    from fedcompute.server.measures import Measures
+    from fedcompute.server.state_gauges import GAUGES
+
+    page = (DEPLOY.parent / "docs" / "metrics.md").read_text()
+    families = (*Measures(("api",)).registry.collect(), *BuildMeasures().registry.collect())
+    counted = {f"{one.name}_total" if one.type == "counter" else one.name.removesuffix("_max") for one in families}
+    names = {one for one in counted | set(GAUGES) if not one.startswith("process_")}
+    assert {one for one in names if f"`{one}`" not in page} == set()
+    assert {one for one in _FIRING if f"`{one}`" not in page} == set()
 
 
 def test_alerts_fire_when_something_is_stuck_and_not_before(tmp_path):

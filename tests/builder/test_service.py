@@ -343,6 +343,18 @@ def test_without_task_management_and_with_forbidden_flags_nothing_is_built(serve
         assert "does not allow the flag skip_dp_check" in forbidden.error_info.error_message
 
 
+def test_builds_are_counted_for_prometheus_by_how_they_ended(serve, request_of):
+    settings = ServiceSettings(hosts=frozenset({"localhost", "127.0.0.1"}))
+    with serve(create_service(settings)) as url, httpx.Client(trust_env=False) as client:
+        for _ in range(2):
+            send(request_of(), url)
+        found = client.get(f"{url}/metrics")
+        assert found.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert 'fedcompute_build_seconds_count{outcome="TASK_MANAGEMENT_ERROR"} 2.0' in found.text
+        assert 'roles="builder"' in found.text
+        assert client.get(f"{url}/metrics", headers={"host": "evil.example"}).status_code == 403
+
+
 def test_a_build_that_takes_too_long_is_ended(serve, request_of):
     settings = ServiceSettings(task_management_url="http://localhost:9", build_timeout=0.2)
     with serve(create_service(settings)) as url:

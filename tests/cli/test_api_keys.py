@@ -6,6 +6,7 @@ import signal
 import stat
 import time
 
+import httpx
 import pytest
 
 KEY = re.compile(r"fc_[0-9a-f]{12}_[A-Za-z0-9_-]{43}")
@@ -170,6 +171,9 @@ def test_the_published_client_builds_through_a_builder_that_asks_whose_key_it_is
         result = program(*client, *arguments, env=env)
         assert result.returncode == 0, result.stderr
         assert builder not in result.stderr + result.stdout
+    assert httpx.get(f"{address}/metrics").status_code == 401
+    figures = httpx.get(f"{address}/metrics", headers={"authorization": f"Bearer {viewer}"}).text
+    assert 'fedcompute_build_seconds_count{outcome="built"} 2.0' in figures
     operator = make_key(tmp_path / "data", "operator")
     log = program(
         "fedcompute", "audit", "log", "--server", locked["url"], "--json", env={"FEDCOMPUTE_API_KEY": operator}

@@ -16,6 +16,7 @@ from fedcompute.storage.iterations import (
 )
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.schema import IterationStatus
+from fedcompute.storage.summaries import settle
 from fedcompute.storage.tasks import (
     cancel_task,
     create_task,
@@ -273,6 +274,8 @@ def test_assignments_and_batches_of_a_task_go_long_after_its_end_and_its_rounds_
     finish(key, opens=False)
     with database.write() as tx:
         assert get_task(tx, key.task).status.name == "COMPLETED"
+        assert retention.old_tasks(tx, now) == []  # what became of the devices is not summed up
+        assert settle(tx, key, now)
         assert retention.old_tasks(tx, now - DAY) == []
         assert retention.old_tasks(tx, now) == [TaskKey("digits", 1)]
         assert retention.count_devices(tx, key.task) == 3

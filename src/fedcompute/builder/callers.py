@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 
 import httpx
 
@@ -40,8 +40,8 @@ def key_header(api_key: str) -> dict[str, str]:
     return {KEY_HEADER: api_key}
 
 
-def check_caller(base_url: str, api_key: str, roles: Collection[str] = BUILDERS) -> None:
-    """Asks task management whether the key's holder has one of the roles, by default one that may build; blocks.
+def check_caller(base_url: str, api_key: str, roles: Sequence[str] = BUILDERS) -> None:
+    """Asks task management whether the key's holder has one of the roles, the least of them first; blocks.
 
     Raises RequestRejected: API_KEY_MISSING for no key or nobody to ask, API_KEY_INVALID, ROLE_INSUFFICIENT; and
     OperationFailed(SERVER_UNREACHABLE) if the server does not say.
@@ -59,7 +59,7 @@ def check_caller(base_url: str, api_key: str, roles: Collection[str] = BUILDERS)
     if status != 200 or not str(document.get("actor", "")).startswith(api_key.split("_")[1] + " "):
         raise OperationFailed(Reason.SERVER_UNREACHABLE, f"the server does not say whose key it is (status {status})")
     if document.get("role") not in roles:
-        raise RequestRejected(Reason.ROLE_INSUFFICIENT, f"this needs one of the roles {', '.join(roles)}")
+        raise RequestRejected(Reason.ROLE_INSUFFICIENT, f"this needs the role {roles[0]}")
 
 
 def _asked(base: str, api_key: str) -> tuple[int, dict[str, object]]:

@@ -15,22 +15,22 @@ class BuildMeasures:
     """The counters of one service, in a registry of its own; methods are safe from any thread."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self._builds = Histogram(
             "fedcompute_build_seconds",
             "Builds by how they ended, the wait for their turn included.",
             ("outcome",),
-            registry=self._registry,
+            registry=self.registry,
             buckets=_DURATIONS,
         )
         info = Gauge(
             "fedcompute_build_info",
             "1; version and roles are its labels.",
             ("version", "roles"),
-            registry=self._registry,
+            registry=self.registry,
         )
         info.labels(__version__, "builder").set(1)
-        ProcessCollector(registry=self._registry)
+        ProcessCollector(registry=self.registry)
 
     def built(self, outcome: str, seconds: float) -> None:
         """Notes a build that ended: `built`, or the ErrorType of its refusal."""
@@ -38,4 +38,4 @@ class BuildMeasures:
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

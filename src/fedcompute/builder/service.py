@@ -5,7 +5,7 @@ import contextlib
 import logging
 import multiprocessing
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
@@ -229,7 +229,7 @@ async def _answer(request: Request, *, artifact_only: bool) -> Response:
     return Response(response.SerializeToString(), media_type=PROTOBUF)
 
 
-async def _refused(request: Request, roles: Collection[str]) -> Response | None:
+async def _refused(request: Request, roles: Sequence[str]) -> Response | None:
     """The answer for a caller who addresses another host or has none of the roles; None for everybody else."""
     settings: ServiceSettings = request.app.state.settings
     if settings.hosts and urlsplit(f"//{request.headers.get('host', '')}").hostname not in settings.hosts:

@@ -32,24 +32,31 @@ _PATIENCE = 2.0
 _MOST = 200
 _LARGEST_CERTIFICATE = 1 << 20
 _TASK_LABELS = ("population", "task")
-# Every name that a scrape may have from here.
+# Every name that a scrape has from here, and that of the parts of /ready.
 GAUGES = (
     "fedcompute_authentications_total",
     "fedcompute_batch_oldest_seconds",
     "fedcompute_batches_waiting",
     "fedcompute_disk_free_bytes",
+    "fedcompute_encryption_key_expiry_timestamp_seconds",
     "fedcompute_engine_alive",
     "fedcompute_epsilon_budget",
     "fedcompute_epsilon_spent",
+    "fedcompute_jobs_room",
     "fedcompute_jobs_running",
     "fedcompute_jobs_waiting",
+    "fedcompute_leases_held",
+    "fedcompute_part_ready",
     "fedcompute_round_assignments",
     "fedcompute_round_contributions",
+    "fedcompute_round_excess",
     "fedcompute_round_report_goal",
     "fedcompute_round_status_seconds",
+    "fedcompute_rounds_under_way",
     "fedcompute_scrape_complete",
     "fedcompute_task_created_seconds",
     "fedcompute_tasks",
+    "fedcompute_tls_certificate_expiry_timestamp_seconds",
 )
 
 
@@ -95,13 +102,13 @@ def state(context: Context) -> Iterable[Metric]:
         yield from _rounds(context, tx, moment)
         yield from _batches(tx, moment)
         yield from _budgets(tx)
-    if context.authentication is not None:
-        decisions = CounterMetricFamily(
-            "fedcompute_authentications", "Decisions about devices by what was decided.", labels=("decision",)
-        )
-        for decision, count in context.authentication.counts.all().items():
-            decisions.add_metric((decision,), count)
-        yield decisions
+        yield from _keys(context, tx)
+    about = "Decisions about devices by what was decided."
+    decisions = CounterMetricFamily("fedcompute_authentications", about, labels=("decision",))
+    counts = context.authentication.counts.all() if context.authentication is not None else {}
+    for decision, count in counts.items():
+        decisions.add_metric((decision,), count)
+    yield decisions
     if context.settings.runs_engine:
         yield _gauge(
             "fedcompute_engine_alive",
@@ -113,7 +120,6 @@ def state(context: Context) -> Iterable[Metric]:
         yield _gauge("fedcompute_jobs_waiting", "Jobs that wait to be tried again.", sizes.waiting)
         yield _gauge("fedcompute_jobs_room", "Jobs that are worth having at a time.", sizes.room)
         yield _gauge("fedcompute_leases_held", "Jobs that this engine keeps from others.", sizes.leases)
-    yield from _keys(context)
     places = folders(Patient(context.settings, context.database, context.blobs, moment))
     free = {place.name: shutil.disk_usage(place).free for place in places if place.exists()}
     disk = _family("fedcompute_disk_free_bytes", "Free bytes where data lie.", ("place",))
@@ -122,24 +128,21 @@ def state(context: Context) -> Iterable[Metric]:
     yield disk
 
 
-def _keys(context: Context) -> Iterable[Metric]:
-    if context.key_list is None:
-        table = schema.encryption_key
-        with context.database.read() as tx:
-            last = tx.execute(
-                select(table.c.published_until).order_by(table.c.published_until.desc()).limit(1)
-            ).scalar()
-        if last is not None:
-            about = "When the newest encryption key is no longer published."
-            yield _gauge("fedcompute_encryption_key_expiry_timestamp_seconds", about, last.timestamp())
-    file = context.settings.tls_certificate
-    if file is not None:
+def _keys(context: Context, tx: Transaction) -> Iterable[Metric]:
+    about = "When the newest encryption key is no longer published."
+    family = _family("fedcompute_encryption_key_expiry_timestamp_seconds", about, ())
+    until = schema.encryption_key.c.published_until
+    last = tx.execute(select(until).order_by(until.desc()).limit(1)).scalar() if context.key_list is None else None
+    if last is not None:
+        family.add_metric((), last.timestamp())
+    yield family
+    family = _family("fedcompute_tls_certificate_expiry_timestamp_seconds", "When TLS's certificate expires.", ())
+    if (file := context.settings.tls_certificate) is not None:
         # What is wrong with a file that the server could read when it started, the log tells.
         with suppress(OSError, ValueError), file.open("rb") as stream:
             leaf = load_pem_x509_certificates(stream.read(_LARGEST_CERTIFICATE))[0]
-            about = "When the certificate of TLS expires."
-            seconds = leaf.not_valid_after_utc.timestamp()
-            yield _gauge("fedcompute_tls_certificate_expiry_timestamp_seconds", about, seconds)
+            family.add_metric((), leaf.not_valid_after_utc.timestamp())
+    yield family
 
 
 def _tasks(tx: Transaction, moment: datetime) -> Iterable[Metric]:

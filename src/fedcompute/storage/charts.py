@@ -11,10 +11,11 @@ from fedcompute.storage import schema
 from fedcompute.storage.assignments import count_assignments
 from fedcompute.storage.budgets import budget_of
 from fedcompute.storage.database import Transaction
-from fedcompute.storage.iterations import IterationRow, active_iterations, iteration_row, newest_iteration
+from fedcompute.storage.iterations import IterationRow, iteration_row
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.releases import ledger_entries
 from fedcompute.storage.schema import ACTIVE_ITERATION, ACTIVE_TASK, RELEASED_ITERATION, TaskKind
+from fedcompute.storage.summaries import unsettled_attempts
 from fedcompute.storage.tasks import TaskRow, task_row
 
 # In how many of the newest rounds a metric is looked for.
@@ -102,36 +103,36 @@ def metric_series(
 
 
 def task_version(tx: Transaction, task: TaskKey) -> str:
-    """A text that changes whenever a page about the task would."""
-    table, rounds = schema.task, schema.iteration
+    """A text that changes whenever a page about the task would, which shows its evaluations and its budget too."""
+    table, rounds, ledger, population = schema.task, schema.iteration, schema.privacy_ledger, task.population
     row = tx.execute(select(table.c.status, table.c.status_id).where(schema.of_task(table, task))).one_or_none()
-    newest = newest_iteration(tx, task)
-    changed = tx.execute(
-        select(func.count(), func.max(rounds.c.status_time), func.max(rounds.c.settled_time)).where(
-            schema.of_task(rounds, task)
-        )
-    ).one()
-    under_way = [(one.key, *count_assignments(tx, one.key).values()) for one in active_iterations(tx, task)]
-    measured = tx.execute(
-        select(func.max(schema.model_metrics.c.iteration_id)).where(schema.of_task(schema.model_metrics, task))
-    ).scalar()
-    return repr((tuple(row or ()), newest and (newest.key, newest.status), tuple(changed), under_way, measured))
+    shown = [task, *(one.key for one in evaluations_of(tx, task))]
+    moved = select(
+        func.count(), func.sum(rounds.c.status_id), func.max(rounds.c.status_time), func.max(rounds.c.settled_time)
+    ).where(rounds.c.population_name == population, rounds.c.task_id.in_([one.task_id for one in shown]))
+    # Devices come and go in rounds that are over, too, until these are summed up.
+    open_ones = unsettled_attempts(tx, [task])[-_ACTIVE_ROUNDS:]
+    counted = [(one.iteration_id, one.attempt_id, *count_assignments(tx, one).values()) for one in open_ones]
+    spent = tx.execute(select(func.max(ledger.c.sequence)).where(ledger.c.population_name == population)).scalar()
+    return repr((tuple(row or ()), shown, tuple(tx.execute(moved).one()), counted, spent, budget_of(tx, population)))
 
 
 def overview_version(tx: Transaction, population: str | None = None) -> str:
     """A text that changes whenever a list of tasks, of all populations or one, would."""
     table, rounds = schema.task, schema.iteration
     tasks = select(func.count(), func.max(table.c.status_time), func.sum(table.c.status_id))
+    budgets = select(func.count(), func.max(schema.privacy_budget.c.created_time))
     iterations = select(rounds).where(rounds.c.status.in_([int(one) for one in ACTIVE_ITERATION]))
     if population is not None:
         tasks = tasks.where(table.c.population_name == population)
+        budgets = budgets.where(schema.privacy_budget.c.population_name == population)
         iterations = iterations.where(rounds.c.population_name == population)
     active = tx.execute(iterations.order_by(rounds.c.status_time.desc()).limit(_ACTIVE_ROUNDS)).all()
     keys = [IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id) for row in active]
     counted = [
         (key, row.status_id, *count_assignments(tx, key).values()) for key, row in zip(keys, active, strict=True)
     ]
-    return repr((tuple(tx.execute(tasks).one()), counted))
+    return repr((tuple(tx.execute(tasks).one()), tuple(tx.execute(budgets).one()), counted))
 
 
 def evaluations_of(tx: Transaction, task: TaskKey) -> list[TaskRow]:
@@ -144,7 +145,14 @@ def evaluations_of(tx: Transaction, task: TaskKey) -> list[TaskRow]:
         .limit(_EVALUATIONS)
     )
     rows = [task_row(row) for row in tx.execute(query)]
-    return [row for row in rows if row.info.evaluation_info.training_task_id == task.task_id]
+    measured = [(row, row.info.evaluation_info) for row in rows]
+    return [
+        row
+        for row, info in measured
+        # An evaluation may measure a task of another population.
+        if info.training_task_id == task.task_id
+        and (info.training_population_name or task.population) == task.population
+    ]
 
 
 def count_released(tx: Transaction, task: TaskKey) -> int:

@@ -6,7 +6,8 @@ The rules, of which each look-up here is one half and the removal by `server.ret
   attempt, a round that may be tried again and a paused task keep theirs.
 - A released checkpoint goes when it is old, unless it is one of its task's newest, a round that is not released starts
   from it, or an evaluation measures it. The initial checkpoint stays.
-- Assignments and batches go when their task has been over for long. Tasks, rounds, metrics, ledger and budgets stay.
+- Assignments and batches go when their task has been over for long and what became of them is summed up
+  (`storage.summaries`). Tasks, rounds, metrics, sums, ledger and budgets stay.
 
 `iteration.cleaned_time` says when a round's objects were last removed, `purged_time` when its checkpoint was given up:
 first the mark, which keeps evaluations off, then the objects, then `cleaned_time` again.
@@ -152,13 +153,15 @@ def claim_checkpoint(tx: Transaction, task: TaskKey, iteration_id: int) -> bool:
 
 
 def old_tasks(tx: Transaction, before: datetime, *, limit: int = LIST_LIMIT) -> list[TaskKey]:
-    """Tasks that were over at or before `before` and still have assignments or batches."""
+    """Tasks over at or before `before`, every attempt of them summed up, that still have assignments or batches."""
+    unsettled = exists().where(_of_same_task(_ITERATION, _TASK), _ITERATION.c.settled_time.is_(None))
     held = [exists().where(_of_same_task(table, _TASK)) for table in (schema.assignment, schema.aggregation_batch)]
     query = (
         select(_TASK.c.population_name, _TASK.c.task_id)
         .where(
             _TASK.c.status.not_in(_codes(ACTIVE_TASK)),
             func.coalesce(_TASK.c.stop_time, _TASK.c.status_time) <= before,
+            ~unsettled,
             or_(*held),
         )
         .order_by(_TASK.c.population_name, _TASK.c.task_id)

@@ -13,14 +13,14 @@ from starlette.responses import Response
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.monitoring.pages.rendering import live_page
 from fedcompute.monitoring.pages.table import page
-from fedcompute.monitoring.pages.task import version
 from fedcompute.monitoring.pages.task_view import reason_of
 from fedcompute.server.api.paths import number, task_key
 from fedcompute.server.api.tasks import existing_task
 from fedcompute.server.context import Context, context_of, now
 from fedcompute.storage.assignments import assignments_page
-from fedcompute.storage.batches import list_batches
-from fedcompute.storage.charts import newest_round, round_entries
+from fedcompute.storage.batches import list_batches, sum_batches
+from fedcompute.storage.charts import newest_round, round_entries, task_version
+from fedcompute.storage.iterations import active_iterations
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.releases import metrics_of
 from fedcompute.storage.schema import AssignmentStatus, IterationStatus
@@ -50,7 +50,13 @@ async def round_page(request: Request) -> Response:
     key, context = task_key(request), context_of(request)
     iteration_id = number(request.path_params["iteration"], "round")
     values = partial(_values, context, key, iteration_id, request.query_params)
-    return await live_page(request, "round.html", partial(version, context, key), values)
+    return await live_page(request, "round.html", partial(_version, context, key, iteration_id), values)
+
+
+def _version(context: Context, key: TaskKey, iteration_id: int) -> str:
+    with context.database.read() as tx:
+        under_way = [one.key for one in active_iterations(tx, key) if one.key.iteration_id == iteration_id]
+        return repr((task_version(tx, key), [sum_batches(tx, one) for one in under_way]))
 
 
 def _values(context: Context, key: TaskKey, iteration_id: int, query: QueryParams) -> dict[str, Any]:
@@ -80,7 +86,7 @@ def _values(context: Context, key: TaskKey, iteration_id: int, query: QueryParam
         "following": sessions[PAGE - 1].key.session_id[:_CURSOR] + "~" if len(sessions) > PAGE else None,
         "shorten": lambda text: text[:_SHOWN_SESSION],
         "status": status,
-        "statuses": [one for one in AssignmentStatus if newest.assignments.get(one)],
+        "statuses": [one for one in AssignmentStatus if newest.assignments.get(one) or one is status],
         "metrics": metrics,
         "entries": entries,
         "last": last,

@@ -20,7 +20,7 @@ async def task_page(request: Request) -> Response:
     """A task: how far it is, what it learns, spends and rejects, and where its time goes."""
     key, context = task_key(request), context_of(request)
     values = partial(task_values, context, key, request.query_params)
-    return await live_page(request, "task.html", partial(version, context, key), values)
+    return await live_page(request, "task.html", partial(_version, context, key), values)
 
 
 async def task_chart(request: Request) -> Response:
@@ -31,8 +31,7 @@ async def task_chart(request: Request) -> Response:
     return await chart_answer(request, partial(drawn, context_of(request), task_key(request), request.query_params))
 
 
-def version(context: Context, key: TaskKey) -> str:
-    """A text that changes whenever the task's pages would."""
+def _version(context: Context, key: TaskKey) -> str:
     with context.database.read() as tx:
         return task_version(tx, key)
 

@@ -1,15 +1,16 @@
 """The charts of a task's page, each a function of the rounds that the page shows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from starlette.datastructures import QueryParams
 
 from fedcompute.monitoring.pages.charts import MOST_POINTS, Chart, Series
 from fedcompute.monitoring.pages.minutes import LONGEST_RANGE, STATUS_COLOURS, minutes_chart, status_words
+from fedcompute.monitoring.pages.round_charts import ROUND_CHARTS
 from fedcompute.monitoring.pages.task_view import plan_facts
 from fedcompute.monitoring.plots import metric_label
 from fedcompute.privacy.chain import MODEL, NO_MECHANISM, Entry
+from fedcompute.privacy.ledger import GaussianEvent, composed_noise_multiplier, read_events
 from fedcompute.server.api.tasks import existing_task
 from fedcompute.server.context import Context, now
 from fedcompute.storage.budgets import budget_of
@@ -17,7 +18,7 @@ from fedcompute.storage.charts import evaluations_of, metric_names, metric_serie
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.schema import AssignmentStatus
-from fedcompute.storage.summaries import RoundSummary, arrivals_of_round, round_summaries
+from fedcompute.storage.summaries import RoundSummary, round_summaries
 from fedcompute.storage.tasks import TaskRow, get_task
 
 _ROUND = "round"
@@ -31,9 +32,10 @@ def metric(context: Context, key: TaskKey, query: QueryParams) -> Chart:
     with context.database.read() as tx:
         row = _task(tx, key)
         own = metric_series(tx, key, [name], limit=MOST_POINTS, before=before)[name]
-        if not row.is_training:
-            own = _measured_at(tx, key, own)
-        lines = [_series("training", own, _TRAINING) if row.is_training else _series("evaluation", own, _EVALUATION)]
+        if row.is_training:
+            lines = [_with_gaps("training", own, _TRAINING)]
+        else:
+            lines = [_through("evaluation", _measured_at(tx, key, own))]
         for one in evaluations_of(tx, key) if row.is_training else ():
             names = metric_names(tx, one.key)
             same = next((other for other in names if metric_label(other) == metric_label(name)), None)
@@ -42,7 +44,7 @@ def metric(context: Context, key: TaskKey, query: QueryParams) -> Chart:
                 points = _measured_at(tx, one.key, found)
                 shown = [point for point in points if before is None or point[0] < before]
                 label = "evaluation" if len(lines) == 1 else f"evaluation, task {one.key.task_id}"
-                lines.append(_series(label, shown, _EVALUATION, dashed=True))
+                lines.append(_through(label, shown, dashed=True))
     return Chart(
         metric_label(name).capitalize(),
         _ROUND if row.is_training else "training round measured",
@@ -55,9 +57,9 @@ def metric(context: Context, key: TaskKey, query: QueryParams) -> Chart:
 
 
 def noise(context: Context, key: TaskKey, query: QueryParams) -> Chart:
-    """Noise multiplier of each release of the model, as its ledger entry has it."""
+    """Noise multiplier of each release of the model, as an accountant takes its ledger entry."""
     entries = _entries(context, key, query)
-    return _by_entry("Noise multiplier", "noise deviation / clip norm", entries, _noise_multiplier)
+    return _by_entry("Noise multiplier", "noise deviation / sensitivity", entries, _noise_multiplier)
 
 
 def clip(context: Context, key: TaskKey, query: QueryParams) -> Chart:
@@ -76,7 +78,7 @@ def epsilon(context: Context, key: TaskKey, query: QueryParams) -> Chart:
     lines = [Series("spent", rounds, [one.cumulative_epsilon for one in entries], colour=3)]
     if limit is not None and rounds:
         lines.append(Series(name, [rounds[0], rounds[-1]], [limit, limit], dashed=True, colour=7))
-        left = [None if one.cumulative_epsilon is None else limit - one.cumulative_epsilon for one in entries]
+        left = [None if one.cumulative_epsilon is None else max(0.0, limit - one.cumulative_epsilon) for one in entries]
         lines.append(Series("left", rounds, left, colour=2))
     delta = f" at delta {entries[-1].delta:g}" if entries else ""
     return Chart(
@@ -180,20 +182,6 @@ def minutes(context: Context, key: TaskKey, query: QueryParams) -> Chart:
         return minutes_chart(tx, [key], now(), LONGEST_RANGE)
 
 
-def arrivals(context: Context, key: TaskKey, query: QueryParams) -> Chart:
-    """Of one round (`round`): contributions that had arrived, minute by minute, against the goal."""
-    iteration_id = int(text) if (text := query.get("round", "")).isdecimal() and len(text) < 10 else 0
-    with context.database.read() as tx:
-        times = arrivals_of_round(tx, key, iteration_id, limit=100_000)
-        goal = next((one.report_goal for one in round_summaries(tx, key, before=iteration_id + 1, limit=1)), 0)
-    step = max(1, -(-len(times) // MOST_POINTS))
-    kept = [number for number in range(len(times)) if number % step == 0 or number == len(times) - 1]
-    lines = [Series("contributions", [times[at] for at in kept], [at + 1 for at in kept], colour=2)]
-    if times:
-        lines.append(Series("goal", [times[0], times[-1]], [goal, goal], dashed=True, colour=7))
-    return Chart("Uploads over the round", "time (UTC)", "contributions", lines, x_is="time", empty="No upload yet.")
-
-
 TASK_CHARTS: Mapping[str, Callable[[Context, TaskKey, QueryParams], Chart]] = {
     "metric": metric,
     "noise": noise,
@@ -209,7 +197,7 @@ TASK_CHARTS: Mapping[str, Callable[[Context, TaskKey, QueryParams], Chart]] = {
     "upload": upload,
     "assignment": assignment,
     "minutes": minutes,
-    "arrivals": arrivals,
+    **ROUND_CHARTS,
 }
 
 
@@ -249,25 +237,28 @@ def _measured_at(
 
 
 def _noise_multiplier(entry: Entry) -> float | None:
-    """What one event of the release adds, over the clip norm; of several together None."""
-    value: Any = (entry.event or {}).get("noise_multiplier")
-    return float(value) if isinstance(value, (int, float)) else None
+    """The noise multiplier of a release; what an adaptive mechanism noises beside the sum is in it, as in its plan."""
+    multipliers = [event.noise_multiplier for event in read_events(entry.event or {})]
+    # One keeps its own number, which squaring and a root would round.
+    return multipliers[0] if len(multipliers) == 1 else composed_noise_multiplier(map(GaussianEvent, multipliers))
 
 
 def _sum(first: float, second: float | None) -> float | None:
     return None if second is None else first + second
 
 
-def _series(name: str, points: Sequence[tuple[int, float | None]], colour: int, *, dashed: bool = False) -> Series:
-    """A line with a gap where a round between is missing; an evaluation's is drawn through."""
-    if dashed or not points:
-        return Series(name, [x for x, _ in points], [y for _, y in points], dashed=dashed, marks=dashed, colour=colour)
+def _with_gaps(name: str, points: Sequence[tuple[int, float | None]], colour: int) -> Series:
+    """A line with a gap where a round between is missing, unless most of them are: single points make no line."""
     known = dict(points)
-    every = range(points[0][0], points[-1][0] + 1) if len(points) == len(known) else sorted(known)
-    if len(every) > 2 * len(points):
-        every = range(0)
-    rounds = list(every) or sorted(known)
+    rounds = list(range(points[0][0], points[-1][0] + 1)) if points else []
+    if len(rounds) > min(MOST_POINTS, 2 * len(known)):
+        rounds = list(known)
     return Series(name, rounds, [known.get(number) for number in rounds], colour=colour)
+
+
+def _through(name: str, points: Sequence[tuple[int, float | None]], *, dashed: bool = False) -> Series:
+    """A line from each round that was measured to the next."""
+    return Series(name, [x for x, _ in points], [y for _, y in points], dashed=dashed, marks=True, colour=_EVALUATION)
 
 
 def _by_entry(title: str, value: str, entries: Sequence[Entry], of: Callable[[Entry], float | None]) -> Chart:

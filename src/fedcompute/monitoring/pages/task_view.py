@@ -100,7 +100,7 @@ def task_values(context: Context, key: TaskKey, query: QueryParams) -> dict[str,
         "latest": [one for one in latest if one],
         "evaluated": [one for one in evaluated if one],
         "evaluations": evaluations,
-        "measures": TaskKey(key.population, row.info.evaluation_info.training_task_id) if not row.is_training else None,
+        "measures": None if row.is_training else _training_of(row),
         "totals": totals,
         "spending": spending,
         "facts": facts,
@@ -158,6 +158,12 @@ def measured(tx: Transaction, key: TaskKey, name: str) -> Measured | None:
     if not points:
         return None
     return Measured(name, points[-1][1], points[-2][1] if len(points) > 1 else None, points[-1][0])
+
+
+def _training_of(row: TaskRow) -> TaskKey:
+    """What an evaluation task measures."""
+    info = row.info.evaluation_info
+    return TaskKey(info.training_population_name or row.key.population, info.training_task_id)
 
 
 def _by_round(rows: Sequence[MetricRow]) -> dict[int, dict[str, float | None]]:

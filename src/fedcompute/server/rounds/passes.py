@@ -99,8 +99,9 @@ class Passes:
             changed |= self._each([("time-outs", lambda: time_out(self._context))])
         if time.monotonic() >= self._next_summary:
             # What cannot be settled yet waits for time-outs of minutes, so it need not be asked for at every pass.
-            self._next_summary = time.monotonic() + _SUMMARY_PERIOD
-            self._each([("summaries", lambda: summarize(self._context))])
+            left = self._each([("summaries", lambda: summarize(self._context))])
+            self._next_summary = time.monotonic() + (0.0 if left else _SUMMARY_PERIOD)
+            changed |= left
         if time.monotonic() >= self._next_cleaning:
             self._next_cleaning = time.monotonic() + _CLEANING
             self._each([("cleaning", self._clean)])
