@@ -7,22 +7,22 @@ WRITES = (
     "app._context commit",
     "server.security.keys.publication commit",
     "server.api.acts.audited commit",
-    "server.api.blobs.put_blob put checkpoint",
-    "server.api.blobs.put_blob put server_phase",
-    "server.api.blobs.put_blob put client_only_plan",
+    "server.api.blobs._put put checkpoint",
+    "server.api.blobs._put put server_phase",
+    "server.api.blobs._put put client_only_plan",
     "server.rounds.schedule._prepare put client_checkpoint",
     "server.rounds.schedule._prepare put client_only_plan",
     "server.rounds.schedule.open_if_complete commit",
     "server.rounds.check_ins._decide_together commit",
     "server.rounds.assign.report_completed commit",
-    "server.api.blobs.put_blob put gradient",
+    "server.api.blobs._put put gradient",
     "server.rounds.collect.collect commit",
-    "server.rounds.aggregate.aggregate put gradient",
+    "server.rounds.aggregate._add_up put gradient",
     "server.rounds.collect._record commit",
     "server.rounds.collect.finish_aggregating commit",
-    "server.rounds.update.update put checkpoint",
-    "server.rounds.update.update put client_checkpoint",
-    "server.rounds.update.update put metrics",
+    "server.rounds.update._apply put checkpoint",
+    "server.rounds.update._apply put client_checkpoint",
+    "server.rounds.update._apply put metrics",
     "server.rounds.release._close commit",
     "server.rounds.collect.time_out commit",
     "server.rounds.passes._clean commit",
@@ -52,7 +52,7 @@ def test_killed_before_and_after_a_write_a_server_ends_with_the_same_model_bit_f
     assert server.starts == 3
 
 
-@pytest.mark.parametrize("write", ["server.rounds.update.update put checkpoint", "server.rounds.release._close commit"])
+@pytest.mark.parametrize("write", ["server.rounds.update._apply put checkpoint", "server.rounds.release._close commit"])
 def test_killed_in_the_round_that_ends_a_task_a_server_ends_it_once(start, connect, undisturbed, write):
     server = start([fault(write, "before", count=2), fault(write, "after")])
     assert connect(server).run() == undisturbed[0]

@@ -11,12 +11,12 @@ import pytest
 WRITES = (
     "server.rounds.check_ins._decide_together commit",
     "server.rounds.assign.report_completed commit",
-    "server.api.blobs.put_blob put gradient",
+    "server.api.blobs._put put gradient",
     "server.rounds.collect.collect commit",
-    "server.rounds.aggregate.aggregate put gradient",
+    "server.rounds.aggregate._add_up put gradient",
     "server.rounds.collect._record commit",
     "server.rounds.collect.finish_aggregating commit",
-    "server.rounds.update.update put checkpoint",
+    "server.rounds.update._apply put checkpoint",
     "server.rounds.release._close commit",
 )
 
@@ -63,10 +63,10 @@ def test_when_one_of_two_servers_is_killed_the_other_ends_with_the_same_model(pa
 @pytest.mark.parametrize(
     "point",
     [
-        "server.rounds.aggregate.aggregate put gradient:before",
+        "server.rounds.aggregate._add_up put gradient:before",
         "server.rounds.collect._record commit:before",
-        "server.rounds.update.update put checkpoint:before",
-        "server.rounds.update.update put checkpoint:after",
+        "server.rounds.update._apply put checkpoint:before",
+        "server.rounds.update._apply put checkpoint:after",
         "server.rounds.release._close commit:before",
         "server.rounds.release._close commit:after",
     ],
