@@ -185,7 +185,7 @@ def test_the_published_client_builds_through_a_builder_that_asks_whose_key_it_is
 
 def test_a_server_that_wants_keys_says_how_to_make_one(start, tmp_path):
     process = start("fedcompute", "server", "--data-dir", tmp_path / "data", "--host", "0.0.0.0", "--port", 0)
-    text = "".join(process.stdout.readline() for _ in range(7))
+    text = "".join(process.stdout.readline() for _ in range(8))
     assert "operators need  an API key" in text
     assert f"fedcompute api-key create --role operator --label NAME --data-dir {tmp_path / 'data'}" in text
     process.send_signal(signal.SIGINT)
