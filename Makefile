@@ -11,7 +11,7 @@ quickstart: $(VENV)/.installed
 
 # Three at a time on two cores: half of what the tests do is waiting.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -27,8 +27,7 @@ ACCURACY = "server/client_work/train/sparse_categorical_accuracy"
 LOSS = "server/client_work/train/loss"
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("size", "dark"), [(WIDE, False), (NARROW, True)], ids=["wide-light", "narrow-dark"])
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_loads_whole_fits_the_window_and_asks_nobody_else(window, finished, page, size, dark):
     window.open(finished.settings.base_url + page, size=size, dark=dark)
