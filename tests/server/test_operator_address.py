@@ -92,6 +92,7 @@ def test_operators_of_a_loopback_address_need_no_key_whoever_the_devices_are(add
         ({"public_url": "https://example.org", "operator_port": 1}, True),
         ({"operator_port": 1, "operator_host": "0.0.0.0"}, False),
         ({"operator_port": 1, "require_api_keys": True}, False),
+        ({"operator_port": 1, "trusted_proxies": "127.0.0.1"}, False),
     ],
 )
 def test_a_key_is_needed_where_operators_can_be_reached_from_elsewhere(tmp_path, changes, opens):

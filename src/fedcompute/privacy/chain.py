@@ -94,17 +94,18 @@ def head(entries: Sequence[Entry]) -> str:
     return entries[-1].hash if entries else GENESIS
 
 
-def verify_chain(entries: Sequence[Entry], *, noted: str | None = None) -> list[str]:
+def verify_chain(entries: Sequence[Entry], *, noted: str | None = None, after: Entry | None = None) -> list[str]:
     """What is wrong with a population's ledger, one plain sentence per finding; empty if the chain is whole.
 
-    `noted`: a head that was seen earlier, which must still be in the chain.
+    `noted`: a head that was seen earlier, which must still be in the chain. `after`: the entry before the first of
+    `entries`, where these are a part of the ledger; it is believed.
 
     Formal guarantees: without findings the entries are, up to the noted head, those of the moment when it was noted
-    (collision resistance of SHA-256). Entries cut off behind it, or a chain made anew from the start when no head was
-    noted, cannot be told from the ledger alone.
+    (collision resistance of SHA-256), and those behind `after` follow from it. Entries cut off behind the noted head,
+    or a chain made anew from the start when no head was noted, cannot be told from the ledger alone.
     """
     problems: list[str] = []
-    before: Entry | None = None
+    before = after
     seen: dict[tuple[int, int, str], int] = {}
     for entry in entries:
         problems += _position(before, entry)

@@ -30,6 +30,8 @@ from fedcompute.storage.paths import GRADIENT, MODEL, client_only_plan_path, ser
 T = TypeVar("T")
 _CACHED_PLANS = 256
 _REPORT_THREADS = 16
+# Whole ledgers may take a minute; who asks for one waits without holding a thread that other requests need.
+_LEDGER_THREADS = 1
 
 
 class Uploads:
@@ -118,6 +120,7 @@ class Context:
     rates: Rates = field(default_factory=Rates)
     # Of their own: check-ins may have taken every other one.
     report_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_REPORT_THREADS))
+    ledger_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_LEDGER_THREADS))
     authentication: Authentication | None = None  # None: every device is taken
     key_list: PublicKeyList | None = None  # where an external key service holds the keys
     uploads: Uploads = field(default_factory=Uploads)

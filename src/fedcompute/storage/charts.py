@@ -119,20 +119,27 @@ def task_version(tx: Transaction, task: TaskKey) -> str:
 
 def overview_version(tx: Transaction, population: str | None = None) -> str:
     """A text that changes whenever a list of tasks, of all populations or one, would."""
-    table, rounds = schema.task, schema.iteration
-    tasks = select(func.count(), func.max(table.c.status_time), func.sum(table.c.status_id))
-    budgets = select(func.count(), func.max(schema.privacy_budget.c.created_time))
+    rounds = schema.iteration
     iterations = select(rounds).where(rounds.c.status.in_([int(one) for one in ACTIVE_ITERATION]))
     if population is not None:
-        tasks = tasks.where(table.c.population_name == population)
-        budgets = budgets.where(schema.privacy_budget.c.population_name == population)
         iterations = iterations.where(rounds.c.population_name == population)
     active = tx.execute(iterations.order_by(rounds.c.status_time.desc()).limit(_ACTIVE_ROUNDS)).all()
     keys = [IterationKey(row.population_name, row.task_id, row.iteration_id, row.attempt_id) for row in active]
     counted = [
         (key, row.status_id, *count_assignments(tx, key).values()) for key, row in zip(keys, active, strict=True)
     ]
-    return repr((tuple(tx.execute(tasks).one()), tuple(tx.execute(budgets).one()), counted))
+    return repr((tasks_version(tx, population), counted))
+
+
+def tasks_version(tx: Transaction, population: str | None = None) -> str:
+    """A text that changes whenever a task or a budget does, of all populations or one; not with every device."""
+    table, budget = schema.task, schema.privacy_budget
+    tasks = select(func.count(), func.max(table.c.status_time), func.sum(table.c.status_id))
+    budgets = select(func.count(), func.max(budget.c.created_time))
+    if population is not None:
+        tasks = tasks.where(table.c.population_name == population)
+        budgets = budgets.where(budget.c.population_name == population)
+    return repr((tuple(tx.execute(tasks).one()), tuple(tx.execute(budgets).one())))
 
 
 def evaluations_of(tx: Transaction, task: TaskKey) -> list[TaskRow]:

@@ -360,6 +360,9 @@ def test_a_task_without_a_round_says_what_it_waits_for(ask, chart, database):
     assert "The task waits for its artifacts" in said
     assert "Metrics appear when the first round is released." in said
     assert "Newest checkpoint" not in said
+    # Where the script puts the charts of metrics that come with the first round.
+    for place in ("learning", "metrics"):
+        assert f'class="charts" id="{place}"' in answer.text
     names = [unescape(one).partition("fresh/1/")[2] for one in re.findall(r'data-chart="([^"]+)"', answer.text)]
     assert len(names) >= 12
     for name in names:

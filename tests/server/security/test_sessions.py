@@ -102,3 +102,46 @@ def test_a_program_without_a_key_hears_of_it_in_json(locked):
     for path in ("/", "/api/v1/tasks", "/charts/service/rate"):
         answer = httpx.get(running.settings.base_url + path)
         assert (answer.status_code, answer.json()["code"]) == (401, "api_key_missing")
+
+
+def test_cookies_of_other_programs_do_not_end_a_session(locked):
+    running, _, cookie = locked
+    value = cookie.partition("=")[2].partition(";")[0]
+    for other in ('theme={"dark":true}', "flag", "x=a b", "a@b=1"):
+        headers = {"cookie": f"{other}; fedcompute_session={value}; {other}", "accept": "text/html"}
+        assert httpx.get(running.settings.base_url, headers=headers).status_code == 200
+
+
+def test_another_kind_of_authorization_is_refused_in_words_and_leaves_the_sign_in_page_open(locked):
+    running, _, _ = locked
+    url, headers = running.settings.base_url, {"authorization": "Basic eDp5", "accept": "text/html"}
+    assert httpx.get(f"{url}/login", headers=headers).status_code == 200
+    assert httpx.get(f"{url}/static/dashboard.css", headers=headers).status_code == 200
+    answer = httpx.get(url, headers=headers)
+    assert (answer.status_code, "api_key_invalid" in answer.text) == (401, True)
+
+
+def test_strangers_fill_no_log_by_signing_in_and_out(locked):
+    running, _, cookie = locked
+    url = running.settings.base_url
+    for _ in range(80):
+        assert httpx.post(f"{url}/login", data={"key": "wrong"}).status_code == 401
+        assert httpx.get(url, headers={"accept": "text/html"}).status_code == 303
+    value = cookie.partition("=")[2].partition(";")[0]
+    found = httpx.get(f"{url}/api/v1/audit?limit=1000", cookies={"fedcompute_session": value}).json()["acts"]
+    assert len([act for act in found if act["actor"] == "anonymous"]) <= 2 * 60
+
+
+def test_another_site_cannot_sign_anybody_out(locked):
+    running, _, _ = locked
+    answer = httpx.post(f"{running.settings.base_url}/logout", headers={"sec-fetch-site": "cross-site"})
+    assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+
+
+def test_nothing_for_operators_is_kept_by_a_cache(locked):
+    running, _, cookie = locked
+    value = cookie.partition("=")[2].partition(";")[0]
+    for path in ("/api/v1/tasks", "/metrics", "/api/v1/openapi.json"):
+        answer = ask(running, value, path)
+        assert (answer.status_code, answer.headers["cache-control"]) == (200, "no-store")
+        assert answer.headers["x-content-type-options"] == "nosniff"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 from urllib.parse import urlencode
@@ -17,6 +17,7 @@ from fedcompute.monitoring.pages.rendering import chart_answer, live_page
 from fedcompute.monitoring.pages.table import chart, page
 from fedcompute.monitoring.pages.task_view import plan_facts
 from fedcompute.monitoring.plots import metric_label
+from fedcompute.privacy.chain import Entry
 from fedcompute.server.context import Context, context_of
 from fedcompute.storage.charts import (
     count_released,
@@ -30,7 +31,7 @@ from fedcompute.storage.charts import (
 from fedcompute.storage.database import Transaction
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.schema import AssignmentStatus
-from fedcompute.storage.summaries import round_summaries
+from fedcompute.storage.summaries import RoundSummary, round_attempts, round_summaries
 from fedcompute.storage.tasks import TaskRow, get_task
 
 MOST_RUNS = 8
@@ -39,7 +40,10 @@ _OFFERED = 50
 
 @dataclass(frozen=True)
 class Run:
-    """A run in the comparison; the best value of the metric is the highest, of a loss the lowest."""
+    """A run in the comparison; the best value of the metric is the highest, of a loss the lowest.
+
+    `spent`: its last entry in the ledger, whose epsilon is that of the whole population.
+    """
 
     task: TaskRow
     label: str
@@ -47,7 +51,7 @@ class Run:
     final: float | None
     best: float | None
     rounds: int
-    epsilon: float | None
+    spent: Entry | None
     seconds: float | None
 
 
@@ -65,7 +69,7 @@ async def compare_chart(request: Request) -> Response:
 
 def run_facts(context: Context, row: TaskRow) -> RunFacts:
     """What a task's configuration says, as comparisons name it."""
-    facts: dict[str, Fact] = {"kind": row.kind.name.lower(), **plan_facts(context, row.key)[0]}
+    facts: dict[str, Fact] = {"kind": row.kind.name.lower(), **plan_facts(context, row)[0]}
     facts |= {"report goal": row.min_aggregation_size, "rounds": row.total_iteration}
     return RunFacts(row.key.population, row.key.task_id, facts)
 
@@ -133,11 +137,16 @@ def _points(
         values = metric_series(tx, key, [name], limit=MOST_POINTS)[name]
     if not by_time:
         return values
-    first = min((one.opened for one in rounds.values()), default=None)
-    if first is None:
+    if not rounds:
         return []
+    first = _began(tx, key, list(rounds.values()))
     ended = {number: one.released or one.entered for number, one in rounds.items()}
     return [((ended[number] - first) / timedelta(seconds=1), value) for number, value in values if number in ended]
+
+
+def _began(tx: Transaction, key: TaskKey, rounds: Sequence[RoundSummary]) -> datetime:
+    """When a task's first round opened, which may lie before the newest `rounds`."""
+    return min(one.opened for one in [*round_attempts(tx, key, 1), *rounds])
 
 
 def _runs(context: Context, tx: Transaction, rows: Sequence[TaskRow], metric: str) -> list[Run]:
@@ -158,29 +167,25 @@ def _runs(context: Context, tx: Transaction, rows: Sequence[TaskRow], metric: st
                 values[-1] if values else None,
                 better(values) if values else None,
                 count_released(tx, row.key),
-                entries[-1].cumulative_epsilon if entries else None,
-                (max(ends) - rounds[0].opened) / timedelta(seconds=1) if ends else None,
+                entries[-1] if entries else None,
+                (max(ends) - _began(tx, row.key, rounds)) / timedelta(seconds=1) if ends else None,
             )
         )
     return found
 
 
 def _chosen(tx: Transaction, query: QueryParams) -> list[TaskRow]:
-    """The runs that a query names, else the newest two of a kind that have rounds."""
+    """The runs that a query names, else the newest two of a kind that have measured the same."""
     keys = [key for text in query.getlist("run")[:MOST_RUNS] if (key := _key(text)) is not None]
     if query.getlist("run"):
         return [row for key in dict.fromkeys(keys) if (row := get_task(tx, key)) is not None]
-    for row in (recent := recent_tasks(tx, limit=_OFFERED)):
+    seen: list[tuple[TaskRow, set[str]]] = []
+    for row in recent_tasks(tx, limit=_OFFERED):
         names = {metric_label(name) for name in metric_names(tx, row.key)}
-        others = [
-            other
-            for other in recent
-            if other.key != row.key
-            and other.kind is row.kind
-            and names & {metric_label(name) for name in metric_names(tx, other.key)}
-        ]
-        if others:
-            return [others[0], row]
+        for newer, known in seen:
+            if newer.kind is row.kind and names & known:
+                return [row, newer]
+        seen.append((row, names))
     return []
 
 

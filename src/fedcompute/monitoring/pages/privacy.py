@@ -1,35 +1,41 @@
 """Privacy of populations: budgets, the ledger release by release, whether it holds, and the report of a task."""
 
-import threading
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
+from anyio import to_thread
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from fedcompute.errors import FedComputeError, Reason, RequestRejected
+from fedcompute.errors import ArtifactInvalid, FedComputeError, Reason, RequestRejected
 from fedcompute.monitoring.pages.charts import MOST_POINTS, Chart, Series
 from fedcompute.monitoring.pages.rendering import chart_answer, live_page
 from fedcompute.monitoring.pages.table import chart, page
 from fedcompute.monitoring.task_privacy import PlanFacts
-from fedcompute.privacy.budget import Budget
+from fedcompute.privacy.budget import Budget, BudgetAssumption, spent_of
 from fedcompute.privacy.chain import Entry, verify_chain, verify_events
+from fedcompute.privacy.charges import releases
 from fedcompute.privacy.ledger_document import Ledger, ledger_document, ledger_from
 from fedcompute.server.api.paths import task_key
 from fedcompute.server.api.privacy import described_tasks
 from fedcompute.server.context import Context, context_of
 from fedcompute.storage.budgets import budget_of
-from fedcompute.storage.charts import metric_names, newest_entries, population_overviews
+from fedcompute.storage.charts import (
+    metric_names,
+    newest_entries,
+    overview_version,
+    population_overviews,
+    tasks_version,
+)
 from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.releases import LIST_LIMIT, count_entries, ledger_entries
 from fedcompute.storage.tasks import get_task, list_tasks
 
 PAGE = 50
 _POPULATIONS = 100
-# Whole ledgers are read for a report and a verification; one at a time is enough.
-_ONE_AT_A_TIME = threading.Lock()
 
 
 async def privacy_page(request: Request) -> Response:
@@ -40,9 +46,19 @@ async def privacy_page(request: Request) -> Response:
 
 async def population_privacy_page(request: Request) -> Response:
     """The ledger and budget of one population."""
-    name, context = str(request.path_params["population"]), context_of(request)
-    values = partial(_values, context, name, request.query_params)
-    return await live_page(request, "population_privacy.html", partial(_version, context, name), values)
+    name, context, query = str(request.path_params["population"]), context_of(request), request.query_params
+    verify = bool(query.get("verify"))
+    answer = await live_page(
+        request,
+        "population_privacy.html",
+        partial(_version, context, name),
+        partial(_values, context, name, query),
+        threads=context.ledger_threads if verify else None,
+    )
+    if verify:
+        # Who asks again wants it looked at again: a changed ledger need not have grown.
+        answer.headers["cache-control"] = "no-store"
+    return answer
 
 
 async def privacy_chart(request: Request) -> Response:
@@ -53,21 +69,21 @@ async def privacy_chart(request: Request) -> Response:
 
 async def report(request: Request) -> Response:
     """A task's report for a reviewer, complete in itself; recomputing its epsilon may take a minute."""
-    key = task_key(request)
-    text = await run_in_threadpool(_report, context_of(request), key)
+    key, context = task_key(request), context_of(request)
+    text = await to_thread.run_sync(_report, context, key, limiter=context.ledger_threads)
     name = "".join(sign if sign.isalnum() else "_" for sign in f"privacy_{key.population}_{key.task_id}")
     return HTMLResponse(text, headers={"content-disposition": f'attachment; filename="{name}.html"'})
 
 
 def _versions(context: Context) -> str:
     with context.database.read() as tx:
-        return repr(population_overviews(tx, limit=_POPULATIONS))
+        return overview_version(tx)
 
 
 def _version(context: Context, name: str) -> str:
     with context.database.read() as tx:
         newest = newest_entries(tx, name, limit=1)
-        return repr((newest and newest[0].sequence, budget_of(tx, name)))
+        return repr((newest and newest[0].sequence, tasks_version(tx, name)))
 
 
 def _all(context: Context, query: QueryParams) -> dict[str, Any]:
@@ -86,9 +102,11 @@ def _values(context: Context, name: str, query: QueryParams) -> dict[str, Any]:
         budget = budget_of(tx, name)
         counts = count_entries(tx, name)
         tasks = {row.key.task_id: row for row in list_tasks(tx, population=name)}
-    if not tasks and not entries:
+    if not tasks and not newest and budget is None:
         raise RequestRejected(Reason.NOT_FOUND, f"there is no population {name}")
     last = newest[0] if newest else None
+    spent = _spent(context, name, budget)
+    whole = bool(query.get("verify"))
     return {
         "population": name,
         "entries": entries[:PAGE],
@@ -96,28 +114,43 @@ def _values(context: Context, name: str, query: QueryParams) -> dict[str, Any]:
         "before": before,
         "last": last,
         "budget": budget,
-        "left": _left(last, budget),
+        "spent": None if spent == math.inf else spent,
+        "left": None if budget is None or spent is None else max(0.0, budget.epsilon - spent),
         "counts": counts,
         "tasks": tasks,
         "multiplier": lambda entry: (entry.event or {}).get("noise_multiplier"),
-        "problems": _whole(context, name) if query.get("verify") else None,
+        "whole": whole,
+        "problems": _whole(context, name) if whole else _following(entries),
         "announcement": f"{last.sequence if last else 0} entries",
     }
 
 
-def _left(last: Entry | None, budget: Budget | None) -> float | None:
+def _spent(context: Context, name: str, budget: Budget | None) -> float | None:
+    """What counts against the budget: at its delta, under its assumption; entries tell epsilon at their plans' delta.
+
+    Infinite where something was released without noise; None without a budget, and if an entry cannot be read.
+    """
     if budget is None:
         return None
-    if last is None:
-        return budget.epsilon
-    return None if last.cumulative_epsilon is None else max(0.0, budget.epsilon - last.cumulative_epsilon)
+    try:
+        with context.database.read() as tx:
+            spending = context.accounts.spending(tx, name)
+        return spent_of(budget, releases(spending.spent))
+    except ArtifactInvalid:
+        # The page says so of the ledger.
+        return None
+
+
+def _following(entries: Sequence[Entry]) -> list[str]:
+    """What is wrong with the entries that are shown; `entries`: those, newest first, and the one before them."""
+    after = entries[PAGE] if len(entries) > PAGE else None
+    return verify_chain(entries[:PAGE][::-1], after=after)
 
 
 def _whole(context: Context, name: str) -> list[str]:
     """What is wrong with the chain from its first entry to its last."""
-    with _ONE_AT_A_TIME:
-        entries = _entries(context, name)
-        return verify_chain(entries) + verify_events(entries)
+    entries = _entries(context, name)
+    return verify_chain(entries) + verify_events(entries)
 
 
 def _entries(context: Context, name: str) -> list[Entry]:
@@ -136,11 +169,17 @@ def _chart(context: Context, name: str) -> Chart:
         budget = budget_of(tx, name)
     numbers = [one.sequence for one in entries]
     series = [Series("spent", numbers, [one.cumulative_epsilon for one in entries], colour=3)] if entries else []
-    if budget is not None and entries:
+    # A line beside epsilons at another delta would say what is not so.
+    if budget is not None and entries and _is_comparable(budget, entries):
         series.append(Series("budget", [numbers[0], numbers[-1]], [budget.epsilon] * 2, dashed=True, colour=7))
     delta = f" at delta {entries[-1].delta:g}" if entries else ""
+    note = f"The newest {MOST_POINTS:,} entries." if len(entries) == MOST_POINTS and entries[0].sequence > 1 else ""
     empty = "Nothing was released yet."
-    return Chart("Epsilon by release", "entry of the ledger", f"epsilon{delta}", series, empty=empty)
+    return Chart("Epsilon by release", "entry of the ledger", f"epsilon{delta}", series, empty=empty, note=note)
+
+
+def _is_comparable(budget: Budget, entries: Sequence[Entry]) -> bool:
+    return budget.assumption is BudgetAssumption.CLAIMED and {one.delta for one in entries} == {budget.delta}
 
 
 def _report(context: Context, key: TaskKey) -> str:
@@ -148,12 +187,11 @@ def _report(context: Context, key: TaskKey) -> str:
     from fedcompute.monitoring.privacy_page import privacy_page as report_page
     from fedcompute.monitoring.task_privacy import task_privacy
 
-    with _ONE_AT_A_TIME:
-        entries = _entries(context, key.population)
-        if not any(entry.task_id == key.task_id for entry in entries):
-            detail = f"the ledger of {key.population} has no entry of task {key.task_id}"
-            raise RequestRejected(Reason.NOT_FOUND, detail)
-        return report_page(task_privacy(_ledger(context, key, entries), key.task_id, facts=_facts(context, key)))
+    entries = _entries(context, key.population)
+    if not any(entry.task_id == key.task_id for entry in entries):
+        detail = f"the ledger of {key.population} has no entry of task {key.task_id}"
+        raise RequestRejected(Reason.NOT_FOUND, detail)
+    return report_page(task_privacy(_ledger(context, key, entries), key.task_id, facts=_facts(context, key)))
 
 
 def _ledger(context: Context, key: TaskKey, entries: list[Entry]) -> Ledger:

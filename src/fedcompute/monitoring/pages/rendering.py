@@ -1,6 +1,7 @@
 """How a page is answered: a template filled in, an entity tag that changes when the page would, strict headers."""
 
 import hashlib
+import shlex
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -36,12 +38,17 @@ PAGE_HEADERS = {
 
 
 async def live_page(
-    request: Request, template: str, version: Callable[[], str], values: Callable[[], Mapping[str, Any]]
+    request: Request,
+    template: str,
+    version: Callable[[], str],
+    values: Callable[[], Mapping[str, Any]],
+    *,
+    threads: CapacityLimiter | None = None,
 ) -> Response:
     """A page that asks every second whether it has changed.
 
     `version` is cheap and returns another text whenever `values` would; 304 answers who has that version already. Both
-    run on a thread.
+    run on a thread; where `values` may take long, on one of `threads`.
     """
     tag = _tag(request, await run_in_threadpool(version))
     if request.headers.get("if-none-match") == tag:
@@ -50,7 +57,7 @@ async def live_page(
     def render() -> str:
         return rendered(request, template, {"tag": tag, **values()})
 
-    return HTMLResponse(await run_in_threadpool(render), headers={"etag": tag, **PAGE_HEADERS})
+    return HTMLResponse(await to_thread.run_sync(render, limiter=threads), headers={"etag": tag, **PAGE_HEADERS})
 
 
 async def plain_page(request: Request, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
@@ -108,6 +115,7 @@ def environment() -> "Environment":
         auto_reload=False,
     )
     made.filters |= {
+        "quoted": lambda text: shlex.quote(str(text)),
         "segment": lambda text: quote(str(text), safe=""),
         "words": lambda text: str(text).lower().replace("_", " "),
         "metric": metric_label,

@@ -13,19 +13,21 @@ from starlette.responses import Response
 
 from fedcompute import __version__
 from fedcompute.errors import FedComputeError
+from fedcompute.monitoring.pages.actions import task_address
 from fedcompute.monitoring.pages.attention import findings
 from fedcompute.monitoring.pages.rendering import live_page
 from fedcompute.monitoring.pages.table import page
 from fedcompute.server.api.acts import caller_of
 from fedcompute.server.configuration import masked, setting_fields
 from fedcompute.server.context import Context, context_of, now
-from fedcompute.server.doctor.findings import Patient
+from fedcompute.server.doctor.findings import Finding, Patient
 from fedcompute.server.doctor.machine import folders
 from fedcompute.server.setting import about
 from fedcompute.server.state_gauges import waiting_batches
 from fedcompute.storage import schema
 from fedcompute.storage.api_keys import Role
 from fedcompute.storage.iterations import list_iterations
+from fedcompute.storage.keys import TaskKey
 from fedcompute.storage.migrations import HEAD
 from fedcompute.storage.schema import ACTIVE_ITERATION
 
@@ -33,6 +35,8 @@ _STARTED = time.time()
 _ROUNDS = 20
 _LEASES = 50
 _KEYS = 10
+# What codes of findings begin with whose subject is a task, a round, or a batch of one.
+_ABOUT_TASKS = ("task_", "round_", "uploads_", "batch_")
 
 
 async def system_page(request: Request) -> Response:
@@ -67,6 +71,7 @@ def _values(context: Context, told: bool) -> dict[str, Any]:
     settings = context.settings
     return {
         "findings": found,
+        "address": _address,
         "looked": looked,
         "told": told,
         "rounds": rounds,
@@ -92,17 +97,30 @@ def _values(context: Context, told: bool) -> dict[str, Any]:
     }
 
 
+def _address(finding: Finding) -> str | None:
+    """The page of the task or round that a finding is about."""
+    population, *numbers = finding.subject.split("/")
+    if not finding.code.startswith(_ABOUT_TASKS) or not numbers or not all(one.isdecimal() for one in numbers[:2]):
+        return None
+    task = task_address(TaskKey(population, int(numbers[0])))
+    return task if len(numbers) == 1 else f"{task}/rounds/{numbers[1]}"
+
+
 def _seconds(moment: datetime, since: datetime | None) -> float | None:
     return None if since is None else (moment - since).total_seconds()
 
 
 def _disks(context: Context) -> list[tuple[str, int, int]]:
-    found = []
+    found, seen = [], set()
     for place in folders(Patient(context.settings, context.database, context.blobs, now())):
         try:
-            usage = shutil.disk_usage(place)
+            device, usage = place.stat().st_dev, shutil.disk_usage(place)
         except (OSError, FedComputeError):
             continue
+        # One line for a file system, however many folders lie on it.
+        if device in seen:
+            continue
+        seen.add(device)
         found.append((str(place), usage.free, usage.total))
     return found
 

@@ -72,8 +72,9 @@ def epsilon(context: Context, key: TaskKey, query: QueryParams) -> Chart:
     """The population's epsilon after each release of this task, and what limits it."""
     entries = _entries(context, key, query)
     with context.database.read() as tx:
-        budget = budget_of(tx, key.population)
-    limit, name = (budget.epsilon, "budget") if budget else (plan_facts(context, key)[1], "promise of the plan")
+        budget, row = budget_of(tx, key.population), get_task(tx, key)
+    promised = plan_facts(context, row)[1] if row else None
+    limit, name = (budget.epsilon, "budget") if budget else (promised, "promise of the plan")
     rounds = [one.iteration_id for one in entries]
     lines = [Series("spent", rounds, [one.cumulative_epsilon for one in entries], colour=3)]
     if limit is not None and rounds:

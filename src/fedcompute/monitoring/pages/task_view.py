@@ -63,9 +63,9 @@ class Spending:
 def task_values(context: Context, key: TaskKey, query: QueryParams) -> dict[str, Any]:
     """Everything on a task's page but its charts. Raises RequestRejected(NOT_FOUND)."""
     before = int(text) if (text := query.get("before", "")).isdecimal() and len(text) < 10 else None
-    facts, promised = plan_facts(context, key)
     with context.database.read() as tx:
         row = existing_task(get_task(tx, key), key)
+        facts, promised = plan_facts(context, row)
         shown = round_summaries(tx, key, before=before, limit=ROUNDS_SHOWN + 1)
         newest = round_summaries(tx, key, limit=_RECENT) if before is not None else shown[-_RECENT:]
         oldest = shown[0].key.iteration_id if shown else 1
@@ -122,10 +122,13 @@ def headline(names: Sequence[str]) -> list[str]:
     return first[:4] or list(names[:1])
 
 
-def plan_facts(context: Context, key: TaskKey) -> tuple[dict[str, Fact], float | None]:
-    """What a task's plan says of its configuration, and the epsilon that it promises; nothing while there is none."""
+def plan_facts(context: Context, row: TaskRow) -> tuple[dict[str, Fact], float | None]:
+    """What a task's plan says of its configuration, and the epsilon that it promises; nothing before it is open."""
+    if row.status is TaskStatus.CREATED:
+        # Its plan may still be replaced; the engine would go on with the one that was read here.
+        return {}, None
     try:
-        process = context.plans.server_plan(key).process
+        process = context.plans.server_plan(row.key).process
     except FedComputeError:
         return {}, None
     promised = process.privacy_claim.epsilon if process.HasField("privacy_claim") else None

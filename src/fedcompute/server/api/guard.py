@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from fedcompute.server.api.acts import act_of
 from fedcompute.server.api.messages import error_response, for_strangers
 from fedcompute.server.api.operations import OPERATIONS, Operation, Table
 from fedcompute.server.context import Context, context_of, now
-from fedcompute.server.security.operators import Caller, identify, opens_without_key, presented_key
+from fedcompute.server.security.operators import KEY_HEADER, Caller, identify, opens_without_key
 from fedcompute.server.security.sessions import caller_of_session
 from fedcompute.storage.api_keys import Role
 from fedcompute.storage.audit import record
@@ -28,6 +29,8 @@ _CHALLENGES = {
     Reason.API_KEY_INVALID: 'Bearer realm="fedcompute", error="invalid_token"',
     Reason.ROLE_INSUFFICIENT: 'Bearer realm="fedcompute", error="insufficient_scope"',
 }
+# Of every answer that is not a device's, where it says nothing else: what is in it is for who asked.
+_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "same-origin"}
 # Refusals that are written down in a minute; beyond that a stranger could fill the disk. The access log has them all.
 _REFUSALS_PER_MINUTE = 60
 
@@ -72,10 +75,17 @@ class Guard:
         async def send_and_keep(message: Message) -> None:
             # Before the caller hears of it.
             if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
                 await keep(message["status"])
             await send(message)
 
         async def keep(status: int) -> None:
+            # Anybody may sign in and out, so who is nobody must not fill the log by it.
+            nobody = operation is not None and operation.role is None and not hasattr(request.state, "caller")
+            if nobody and not self._of_strangers.take():
+                return
             if kept and not getattr(request.state, "recorded", False):
                 request.state.recorded = True
                 await run_in_threadpool(_record, request, status)
@@ -84,7 +94,10 @@ class Guard:
             await _admit(request, scope["method"], operation)
         except FedComputeError as error:
             refusals = self._of_holders if hasattr(request.state, "caller") else self._of_strangers
-            kept = operation is not None and isinstance(error, RequestRejected) and refusals.take()
+            # A page that is only looked at, and asks for a key, is no attempt at anything.
+            looks = operation is not None and operation.page and not operation.changes
+            noted = operation is not None and not looks and isinstance(error, RequestRejected)
+            kept = noted and refusals.take()
             if error.status >= 500:
                 _LOG.error("%s", error)
                 if not opens_without_key(context_of(request).settings):
@@ -106,9 +119,10 @@ class Guard:
         page = self._error_page(request, error)
         if page is None or error.reason not in (Reason.API_KEY_MISSING, Reason.API_KEY_INVALID):
             return page
-        if scope["method"] not in ("GET", "HEAD") or presented_key(lowered(request)) is not None:
+        if scope["method"] not in ("GET", "HEAD") or {KEY_HEADER, "authorization"} & lowered(request).keys():
             return page
-        here = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
+        path = scope.get("raw_path") or quote(scope["path"]).encode()
+        here = (path + (b"?" + scope["query_string"] if scope["query_string"] else b"")).decode("latin-1")
         return RedirectResponse(f"/login?next={quote(here, safe='/')}", 303)
 
 
@@ -139,7 +153,7 @@ def lowered(request: HTTPConnection) -> dict[str, str]:
 
 def _identify(context: Context, method: str, headers: dict[str, str], needed: Role | None) -> Caller | None:
     """Who calls; None only where nobody needs to be known and nobody is."""
-    if presented_key(headers) is None:
+    if KEY_HEADER not in headers and "authorization" not in headers:
         caller = caller_of_session(context.database, context.settings, context.session_key, method, headers, now())
         if caller is not None:
             return caller

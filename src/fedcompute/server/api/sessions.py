@@ -31,6 +31,7 @@ async def sign_in(request: Request) -> Response:
 
 async def sign_out(request: Request) -> Response:
     """Closes the session."""
+    check_origin(request.headers.get("host", ""), request.headers)
     cookie = session_cookie(context_of(request).settings, "")
     return RedirectResponse("/login", 303, headers={"set-cookie": cookie})
 

@@ -92,12 +92,12 @@ def identify(database: Database, settings: Settings, method: str, headers: Mappi
 def opens_without_key(settings: Settings) -> bool:
     """Whether this machine's own programs need no key: operators' address is a loopback one, and no key is demanded.
 
-    A public URL elsewhere, and proxies that are trusted, say that strangers come by a program on this machine; they say
-    so of the devices' address, and count where that is the operators' too.
+    A public URL elsewhere, and proxies that are trusted, say that strangers come by a program on this machine. The URL
+    is the devices', and says nothing of an address that operators have to themselves; a proxy may front both.
     """
     if settings.require_api_keys or not is_loopback(settings.operator_address[0]):
         return False
-    return settings.splits_operators or not strangers_come(settings)
+    return not strangers_come(settings) or (settings.splits_operators and not settings.trusted_proxies)
 
 
 def strangers_come(settings: Settings) -> bool:

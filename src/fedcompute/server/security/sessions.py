@@ -9,7 +9,6 @@ import hmac
 import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from http.cookies import CookieError, SimpleCookie
 
 from fedcompute.errors import Reason, RequestRejected
 from fedcompute.server.security.operators import SAFE_METHODS, Caller, check_origin
@@ -74,11 +73,9 @@ def _cookie(headers: Mapping[str, str], name: str) -> str:
     text = headers.get("cookie", "")
     if len(text) > _LONGEST_HEADER:
         return ""
-    try:
-        found = SimpleCookie(text).get(name)
-    except CookieError:
-        return ""
-    return "" if found is None else found.value
+    # Not the library's reader: it gives up at the first cookie that it dislikes, which may be another program's.
+    pairs = (one.partition("=") for one in text.split(";"))
+    return next((value.strip() for found, _, value in pairs if found.strip() == name), "")
 
 
 def _name(settings: Settings) -> str:

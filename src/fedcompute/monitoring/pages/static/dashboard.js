@@ -14,6 +14,8 @@
     const headers = tags.has(address) ? { "If-None-Match": tags.get(address) } : {};
     const answer = await fetch(address, { headers, cache: "no-store", redirect: "follow", signal: AbortSignal.timeout(PATIENCE) });
     if (answer.status === 304) return null;
+    // The session is over: the page itself is led to where one signs in.
+    if (answer.status === 401) location.reload();
     if (!answer.ok) throw new Error(String(answer.status));
     const tag = answer.headers.get("etag");
     if (tag) tags.set(address, tag);
