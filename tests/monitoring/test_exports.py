@@ -96,3 +96,20 @@ def test_what_is_there_is_neither_merged_with_nor_lost(tmp_path, runs):
     with pytest.raises(OperationFailed, match="cannot be written"):
         export(runs, tmp_path / "board" / "noise.0.1" / "events.out.tfevents.0.fedcompute" / "x.csv", "csv")
     assert [one.name for one in tmp_path.iterdir()] == ["board"]
+
+
+def test_a_directory_with_anything_else_in_it_is_never_replaced(tmp_path, runs):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.txt").write_text("all of it")
+    with pytest.raises(OperationFailed, match="is not replaced"):
+        export(runs, tmp_path / "results", "tensorboard", force=True)
+    assert (tmp_path / "results" / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_table_that_could_not_be_read_back_is_not_written(tmp_path, runs):
+    with pytest.raises(OperationFailed, match="one label"):
+        export([runs[0], runs[0]], tmp_path / "a.csv", "csv")
+    odd = Run("odd", {"value": MetricSeries("value", (1,), (1.0,))})
+    with pytest.raises(OperationFailed, match="column of the table"):
+        export([odd], tmp_path / "a.csv", "csv")
+    assert list(tmp_path.iterdir()) == []

@@ -42,7 +42,7 @@ def compare(
     """Show what differs between runs, and what each has learnt and spent."""
     from fedcompute.monitoring.comparison import differing, labels
 
-    keys = [_key(text) for text in runs]
+    keys = list(dict.fromkeys(_key(text) for text in runs))
     if not 2 <= len(keys) <= _MOST:
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"{len(keys)} runs to compare", remedy=f"name two to {_MOST} as POPULATION/TASK"
@@ -93,7 +93,7 @@ def _read(api: OperatorApi, population: str, task_id: int) -> _Run:
         RunFacts(population, task_id, facts),
         series(api.metrics(population, task_id)),
         view["ledger"][-1]["cumulative_epsilon"] if view["ledger"] else None,
-        len(ended),
+        int(api.progress(population, task_id)["rounds_completed"]),
         (max(ended) - min(opened)).total_seconds() if ended else None,
     )
 
@@ -131,7 +131,8 @@ def _table(documents: Sequence[dict[str, Any]], different: Sequence[str]) -> Any
         found = [one["metrics"].get(name, {}) for one in documents]
         row(f"{name}, final", [one.get("final") for one in found])
         row(f"{name}, best", [one.get("best") for one in found])
-    row("epsilon", [one["epsilon"] for one in documents])
+    # The ledger's: of everything that the population had released by then.
+    row("epsilon of the population", [one["epsilon"] for one in documents])
     row("rounds released", [one["rounds"] for one in documents])
     row("seconds", [one["seconds"] for one in documents])
     return table
@@ -153,7 +154,7 @@ def _text(value: Any) -> str:
 
 def _key(text: str) -> tuple[str, int]:
     population, slash, number = text.rpartition("/")
-    if not (slash and population and number.isdecimal()):
+    if not (slash and population and number.isdecimal() and len(number) < 19):
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"{text!r} is no POPULATION/TASK", remedy="write it as my_population/1"
         )

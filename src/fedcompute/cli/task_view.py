@@ -90,7 +90,7 @@ def _curves(view: Mapping[str, Any]) -> list[Text]:
 def _spent(ledger: Sequence[Mapping[str, Any]]) -> str:
     epsilon, delta = ledger[-1].get("cumulative_epsilon"), ledger[-1].get("delta")
     spent = "unbounded epsilon" if epsilon is None else f"epsilon {epsilon:.4g} at delta {delta:g}"
-    return f"privacy: {spent} after {len(ledger)} releases; see `fedcompute privacy report`"
+    return f"privacy: {spent}, the whole population's; see `fedcompute privacy report` for this task's"
 
 
 def progress_lines(found: Mapping[str, Any]) -> list[str]:

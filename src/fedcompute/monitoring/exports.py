@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +25,12 @@ def table_of(runs: Sequence[Run], *, wide: bool = False) -> "DataFrame":
     """
     frames = []
     for run in runs:
+        if taken := {"run", "round", "metric", "value"} & run.metrics.keys():
+            raise OperationFailed(
+                Reason.SETTINGS_INVALID,
+                f"{run.label} has a metric {sorted(taken)[0]!r}, which is a column of the table",
+                remedy="export it for TensorBoard, or read it with load_metrics",
+            )
         frame = frame_of(run.metrics).reset_index()
         frame.insert(0, "run", run.label)
         frames.append(frame)
@@ -51,6 +56,16 @@ def export(runs: Sequence[Run], path: Path, form: str, *, wide: bool = False, fo
     if path.exists() and not force:
         raise OperationFailed(
             Reason.SETTINGS_INVALID, f"{path} is there already", remedy="choose another --out, or give --force"
+        )
+    if len({run.label for run in runs}) < len(runs):
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID, "two runs have one label", remedy="name each run once, under a label of its own"
+        )
+    if form == TENSORBOARD and path.exists() and not _is_ours(path):
+        raise OperationFailed(
+            Reason.SETTINGS_INVALID,
+            f"{path} holds more than TensorBoard's event files, and is not replaced",
+            remedy="choose another --out",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,26 +116,33 @@ def _event_files(runs: Sequence[Run], folder: Path) -> None:
 
 
 def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    made = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(Path(name))
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write(made)
+        made.replace(path)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def _replace_folder(path: Path, write: Callable[[Path], None]) -> None:
-    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    made, old = (path.with_name(f".{path.name}.{word}.{os.getpid()}") for word in ("new", "old"))
+    made.mkdir()
     try:
         write(made)
         if path.exists():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.rename(old)
         made.rename(path)
-    except BaseException:
+    finally:
         shutil.rmtree(made, ignore_errors=True)
-        raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a directory holds runs of event files and nothing else, so that it may be replaced."""
+    runs = list(path.iterdir()) if path.is_dir() else [path]
+    return all(
+        run.is_dir() and all(".tfevents." in file.name and file.is_file() for file in run.iterdir()) for run in runs
+    )
 
 
 def _missing(package: str, extra: str) -> OperationFailed:

@@ -67,7 +67,8 @@ class OperatorApi:
     def metrics(self, population: str, task_id: int) -> dict[int, dict[str, float | None]]:
         """Metrics by round, then name; None where a result was not finite."""
         found: dict[int, dict[str, float | None]] = {}
-        for row in self._pages(f"{_task_path(population, task_id)}/metrics", {}, "metrics", _LONGEST_PAGE):
+        # A page is so many rounds, measured or not.
+        for row in self._pages(f"{_task_path(population, task_id)}/metrics", {}, "metrics", _LONGEST_PAGE, gaps=True):
             value = row.get("value")
             number = float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
             found.setdefault(int(row["iteration_id"]), {})[str(row["name"])] = number
@@ -177,7 +178,9 @@ class OperatorApi:
     def _document(self, path: str, query: dict[str, str]) -> dict[str, Any]:
         return self._parsed(self._ask("GET", path, query, _DOCUMENT_LIMIT)[0])
 
-    def _pages(self, path: str, query: dict[str, str], name: str, limit: int) -> Iterator[dict[str, Any]]:
+    def _pages(
+        self, path: str, query: dict[str, str], name: str, limit: int, *, gaps: bool = False
+    ) -> Iterator[dict[str, Any]]:
         query = {**query, "limit": str(limit)}
         for _ in range(_PAGES_LIMIT):
             document = self._document(path, query)
@@ -186,7 +189,7 @@ class OperatorApi:
             after = document.get("next")
             if after is None:
                 return
-            if not found or after == query.get("after"):
+            if (not found and not gaps) or after == query.get("after"):
                 break
             query = {**query, "after": str(after)}
         raise self._invalid("its pages do not end")
