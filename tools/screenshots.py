@@ -44,14 +44,9 @@ PAGES = {
 # Picture of the documentation -> page, appearance, height of the cut (0: the whole page).
 _DOCS = {
     "dashboard.png": ("task", "wide", False, 1000),
-    "dashboard-dark.png": ("task", "wide", True, 1000),
-    "populations.png": ("populations", "wide", False, 0),
-    "task.png": ("task", "wide", False, 0),
-    "round.png": ("round", "wide", False, 0),
     "compare.png": ("compare", "wide", False, 0),
     "privacy.png": ("population_privacy", "wide", False, 0),
     "service.png": ("service", "wide", False, 0),
-    "system.png": ("system", "wide", False, 0),
     "phone.png": ("task", "narrow", True, 1700),
 }
 

@@ -88,7 +88,7 @@ def start(tmp_path, hand_made):
 # A release runs about 180 of these lines, a refusal about 50; behind the last the server just lives on.
 @pytest.mark.parametrize(
     ("allowed", "kill_at"),
-    [*((True, line) for line in (1, 110, 175)), *((False, line) for line in (45,))],
+    [(True, 1), (True, 110), (True, 175), (False, 45)],
 )
 def test_a_server_killed_at_any_line_of_a_release_releases_once_or_not_at_all(
     start, hand_made, make_api, allowed, kill_at
