@@ -1,32 +1,29 @@
 """A task group from a saved model and a configuration (spec/task-builder.md 7.4)."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from fedcompute.builder.artifacts import BuiltGroup, BuiltTask
 from fedcompute.builder.client_graph import ClientSettings, client_graph
-from fedcompute.builder.composition import Choices, choose, choose_metrics, compose
 from fedcompute.builder.device_graph import DeviceGraph, device_graph
 from fedcompute.builder.differential_privacy import (
     Accounting,
-    account,
-    check_dp,
     dp_notes,
     evaluation_claim,
     log_parameters,
-    metric_noise,
     privacy_claim,
 )
-from fedcompute.builder.dp_types import CHECKPOINT_BYTES, DP_TYPES, DpParameters, bands_in_memory, tree_bytes
+from fedcompute.builder.dp_types import DpParameters
 from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.op_check import NO_MINIMUM, flex_ops, min_client_version, supported_ops
 from fedcompute.builder.plan import build_plan, client_only_plan, example_selector
+from fedcompute.builder.preparation import prepare_task
 from fedcompute.builder.tasks import correlation_id, evaluation_task, training_task
-from fedcompute.builder.validation import DEFAULT_POPULATION, BuildSettings, validate
+from fedcompute.builder.validation import DEFAULT_POPULATION, BuildSettings
 from fedcompute.errors import BuildFailed, FedComputeError, Reason
 from fedcompute.learning.specification import evaluation_process, initial_state, zero_state
 from fedcompute.models.functional_model import FunctionalModel
@@ -60,31 +57,13 @@ def build_task_group(
     """
     flags = flags if flags is not None else task_builder_pb2.ExperimentFlags()
     report = report if report is not None else task_builder_pb2.TaskReport()
-    with span("validate"):
-        settings = validate(config, flags, default_population=default_population)
-        _report_settings(report, settings, flags)
-        choices = choose(settings)
-    logger.info("Basic config is valid. Start validating differential privacy setup...")
-    with span("differential_privacy"):
-        accounting = _differential_privacy(settings, flags, report)
-    logger.info("Task config is valid! Start building the task group.")
-    metrics = choose_metrics(settings.metrics)
-    report.metric_results.accepted_metrics = ", ".join(metrics.accepted)
-    report.metric_results.rejected_metrics = ", ".join(metrics.rejected)
-    report.warnings.extend(metrics.warnings)
 
-    with span("load_model"):
+    def load() -> FunctionalModel:
         check_saved_model(Path(saved_model_dir))
-        model = load_functional_model(saved_model_dir)
-    process = _process(choices, model, metrics.accepted, None if flags.skip_dp_aggregator else accounting, report)
-    client = ClientSettings(
-        label_name=settings.config.label_name,
-        batch_size=settings.batch_size,
-        max_batches=settings.max_batches,
-        optimizer=choices.client_optimizer,
-        learning_rate=settings.client_learning_rate,
-        selector=b"",
-    )
+        return load_functional_model(saved_model_dir)
+
+    prepared = prepare_task(load, config, flags, report, default_population=default_population)
+    settings, model, process, client = prepared.settings, prepared.model, prepared.process, prepared.client
     versions = None if flags.skip_flex_ops_check else supported_ops(op_table)
     group_id = correlation_id()
     halves = []
@@ -92,10 +71,10 @@ def build_task_group(
         uri = settings.example_selector_uri
         halves.append(_client_half("training", model, process, client, uri, versions, lower_ops))
     if settings.evaluation is not None:
-        evaluated, uri = evaluation_process(process, metrics.accepted), settings.evaluation.example_selector_uri
+        evaluated, uri = evaluation_process(process, prepared.metrics), settings.evaluation.example_selector_uri
         halves.append(_client_half("evaluation", model, evaluated, client, uri, versions, lower_ops))
     with span("exact_epsilon"):
-        dp = _exact(settings, accounting, report, notes=not flags.skip_dp_aggregator)
+        dp = _exact(settings, prepared.accounting, report, notes=not flags.skip_dp_aggregator)
     built = {}
     for half in halves:
         report.warnings.extend(half.warnings)
@@ -115,73 +94,6 @@ def _claim(settings: BuildSettings, kind: str, dp: DpParameters) -> learning_pb2
     if kind == "training" or settings.evaluation is None:
         return privacy_claim(dp)
     return evaluation_claim(dp, settings.evaluation.report_goal)
-
-
-def _process(
-    choices: Choices,
-    model: FunctionalModel,
-    metrics: Sequence[str],
-    accounting: Accounting | None,
-    report: task_builder_pb2.TaskReport,
-) -> learning_pb2.LearningProcess:
-    """The training process, without its claim, whose epsilon is not known yet; `accounting` None: no DP at all."""
-    if accounting is None:
-        return compose(choices, model, choices.algorithm.plain, metrics)
-    dp = accounting.parameters
-    parameters = sum(weight.size for weight in model.trainable)
-    bands = bands_in_memory(dp.bands, parameters)
-    if DP_TYPES[dp.type].mechanism == "banded_mf":
-        report.warnings.append(f"the noise of BANDED_MF is correlated over {bands} rounds")
-        if bands < dp.bands:
-            report.warnings.append(f"{dp.bands} rounds would need more memory for a model of this size")
-    noise_bytes = tree_bytes(dp.rounds, parameters)
-    if "tree" in DP_TYPES[dp.type].mechanism and noise_bytes > CHECKPOINT_BYTES // 2:
-        report.warnings.append(
-            f"the noise of the tree takes up to {noise_bytes >> 20} MiB of a server checkpoint, which may have "
-            f"{CHECKPOINT_BYTES >> 20} MiB unless the server's max_checkpoint_bytes says otherwise"
-        )
-    aggregator = DP_TYPES[dp.type].aggregator(replace(dp, bands=bands))
-    return compose(choices, model, aggregator, metrics, metric_noise(dp))
-
-
-def _report_settings(
-    report: task_builder_pb2.TaskReport, settings: BuildSettings, flags: task_builder_pb2.ExperimentFlags
-) -> None:
-    applied = report.applied_algorithms
-    applied.learning_algo = settings.algorithm
-    applied.client_optimizer = settings.client_optimizer
-    applied.server_optimizer = settings.server_optimizer
-    for warning in settings.warnings:
-        logger.warning("%s", warning)
-        report.warnings.append(warning)
-    for field, _ in flags.ListFields():
-        report.warnings.append(f"built with {field.name}")
-        logger.warning("The build for population %r uses %s.", settings.population, field.name)
-    if settings.config.use_daf:
-        report.warnings.append("use_daf has no effect: plans carry the server's half as data")
-
-
-def _differential_privacy(
-    settings: BuildSettings, flags: task_builder_pb2.ExperimentFlags, report: task_builder_pb2.TaskReport
-) -> Accounting:
-    """The checked parameters; their exact epsilon is being computed when this returns."""
-    accounting = account(settings)
-    dp = accounting.parameters
-    if not flags.skip_dp_aggregator:
-        report.applied_algorithms.dp_aggregator = dp.type
-    hyperparameters = report.dp_hyperparameters
-    hyperparameters.dp_delta = dp.delta
-    # A bound until the exact value is known.
-    hyperparameters.dp_epsilon = dp.epsilon
-    hyperparameters.noise_multiplier = dp.noise_multiplier
-    hyperparameters.dp_clip_norm = dp.clip_norm
-    hyperparameters.num_training_rounds = dp.rounds
-    if flags.skip_dp_aggregator:
-        report.warnings.append("the plan clips nothing and adds no noise; dp_hyperparameters are not applied")
-    if not flags.skip_dp_check:
-        check_dp(accounting)
-    accounting.begin()
-    return accounting
 
 
 def _exact(

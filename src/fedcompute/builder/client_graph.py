@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from fedcompute.builder.client_optimizers import ClientOptimizer
 from fedcompute.builder.client_reports import POSTPROCESSORS, Sent
-from fedcompute.builder.client_work import ALGORITHMS, MetricSpec, Tensors, Weights, Work, evaluation
+from fedcompute.builder.client_work import ALGORITHMS, Batches, MetricSpec, Tensors, Weights, Work, evaluation
 from fedcompute.builder.example_source import batched_examples, example_format
 from fedcompute.learning.specification import state_specs
 from fedcompute.models.functional_model import FunctionalModel
@@ -57,18 +57,33 @@ def client_graph(
         batches = batched_examples(
             token, settings.selector, layout, batch_size=settings.batch_size, max_batches=settings.max_batches
         )
-        weights = Weights(
-            tuple(received[name] for name in _client_names(process, process.trainable)),
-            tuple(received[name] for name in _client_names(process, process.non_trainable)),
-        )
-        work = Work(model, _metric_specs(process), settings.optimizer, settings.learning_rate)
-        evaluating = process.kind == learning_pb2.LearningProcess.EVALUATION
-        result = (evaluation if evaluating else ALGORITHMS[process.algorithm])(work, weights, batches)
-        sent: Sent = {}
-        if not evaluating:
-            sent = POSTPROCESSORS[process.WhichOneof("aggregator")](result, _extras(process, received))
-        _save(process, output_path, sent, result.metrics)
+        update = client_update(process, model, settings, received, batches)
+        _save(update, output_path)
     return graph.as_graph_def()
+
+
+def client_update(
+    process: learning_pb2.LearningProcess,
+    model: FunctionalModel,
+    settings: ClientSettings,
+    received: Mapping[str, tf.Tensor],
+    batches: Batches,
+) -> dict[str, tf.Tensor]:
+    """What a device makes of its batches: update leaf -> tensor, in the order of the update file.
+
+    `received`: client leaf -> tensor, for every broadcast leaf, in their order.
+    """
+    weights = Weights(
+        tuple(received[name] for name in _client_names(process, process.trainable)),
+        tuple(received[name] for name in _client_names(process, process.non_trainable)),
+    )
+    work = Work(model, _metric_specs(process), settings.optimizer, settings.learning_rate)
+    evaluating = process.kind == learning_pb2.LearningProcess.EVALUATION
+    result = (evaluation if evaluating else ALGORITHMS[process.algorithm])(work, weights, batches)
+    sent: Sent = {}
+    if not evaluating:
+        sent = POSTPROCESSORS[process.WhichOneof("aggregator")](result, _extras(process, received))
+    return _by_leaf(process, sent, result.metrics)
 
 
 def _restore(process: learning_pb2.LearningProcess, path: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -107,7 +122,7 @@ def _metric_specs(process: learning_pb2.LearningProcess) -> list[MetricSpec]:
     return [MetricSpec(m.name, tuple(map(spec, m.update_names))) for m in process.metrics if m.update_names]
 
 
-def _save(process: learning_pb2.LearningProcess, path: tf.Tensor, sent: Sent, metrics: Sequence[Tensors]) -> None:
+def _by_leaf(process: learning_pb2.LearningProcess, sent: Sent, metrics: Sequence[Tensors]) -> dict[str, tf.Tensor]:
     by_name = {
         name: tensor
         for metric, state in zip([m for m in process.metrics if m.update_names], metrics, strict=True)
@@ -117,11 +132,14 @@ def _save(process: learning_pb2.LearningProcess, path: tf.Tensor, sent: Sent, me
     for leaf in process.updates:
         if leaf.role in remaining:
             by_name[leaf.spec.name] = next(remaining[leaf.role])
-    names = [leaf.spec.name for leaf in process.updates]
+    return {leaf.spec.name: by_name[leaf.spec.name] for leaf in process.updates}
+
+
+def _save(update: Mapping[str, tf.Tensor], path: tf.Tensor) -> None:
     tf.raw_ops.SaveSlices(
         filename=path,
-        tensor_names=names,
-        shapes_and_slices=[""] * len(names),
-        data=[by_name[name] for name in names],
+        tensor_names=list(update),
+        shapes_and_slices=[""] * len(update),
+        data=list(update.values()),
         name=TARGET_NAME,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -13,6 +13,13 @@ from fedcompute.models.functional_model import FunctionalModel
 from fedcompute.protos import learning_pb2
 
 Tensors = tuple[tf.Tensor, ...]
+
+
+class Batches(Protocol):
+    """A device's batches in order, each a pair (x, label): a `tf.data.Dataset`, or slices of arrays in memory."""
+
+    def reduce(self, initial_state: Any, reduce_func: Any) -> Any:
+        """The state after `reduce_func(state, batch)` of every batch; states are nests of tensors of fixed shapes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class WorkResult:
     weight: tf.Tensor | None = None
 
 
-def federated_averaging(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
+def federated_averaging(work: Work, weights: Weights, batches: Batches) -> WorkResult:
     """One pass of local training; delta is weights before minus weights after, all zero unless all are finite."""
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
@@ -69,7 +76,7 @@ def federated_averaging(work: Work, weights: Weights, batches: tf.data.Dataset) 
     return WorkResult(_where_finite(deltas, deltas)[0], metrics)
 
 
-def federated_sgd(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
+def federated_sgd(work: Work, weights: Weights, batches: Batches) -> WorkResult:
     """The gradient at the received weights, averaged over the examples; zero with weight zero unless finite.
 
     The client optimizer has no part in it. A device without examples has 0/0, and so weight 0.
@@ -90,7 +97,7 @@ def federated_sgd(work: Work, weights: Weights, batches: tf.data.Dataset) -> Wor
     return WorkResult(deltas, metrics, weight)
 
 
-def evaluation(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkResult:
+def evaluation(work: Work, weights: Weights, batches: Batches) -> WorkResult:
     """One pass that measures the received model and changes nothing."""
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
@@ -102,7 +109,7 @@ def evaluation(work: Work, weights: Weights, batches: tf.data.Dataset) -> WorkRe
     return WorkResult((), batches.reduce(_zeros(work), measure))
 
 
-ALGORITHMS: Mapping[int, Callable[[Work, Weights, tf.data.Dataset], WorkResult]] = {
+ALGORITHMS: Mapping[int, Callable[[Work, Weights, Batches], WorkResult]] = {
     learning_pb2.LearningProcess.FED_AVG: federated_averaging,
     learning_pb2.LearningProcess.FED_SGD: federated_sgd,
 }
