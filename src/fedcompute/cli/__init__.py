@@ -43,9 +43,16 @@ _COMMANDS = {
     "enrolment": _Entry("fedcompute.cli.enrolments", "app", "Enrol devices that prove themselves with a secret."),
     "device": _Entry("fedcompute.cli.device", "app", "Run this machine as a device: apps, tasks, isolation, logs."),
     "fleet": _Entry("fedcompute.cli.fleet", "fleet", "Run many simulated devices against a server."),
+    "simulate": _Entry("fedcompute.cli.simulate", "simulate", "Run a task's rounds in memory, or sweep over settings."),
     "metrics": _Entry("fedcompute.cli.metrics", "app", "Plot a task's metrics, or print them as a table."),
     "model": _Entry("fedcompute.cli.model", "app", "Export a round's weights into your model."),
     "privacy": _Entry("fedcompute.cli.privacy", "app", "Epsilon, noise, reports, ledgers, budgets and audits."),
+}
+
+
+# Commands of one function whose name alone is no example.
+_EXAMPLES = {
+    "simulate": "simulate task_config.pbtxt --model digits-linear --clients 100 --rounds 50 --sweep clip_norm=0.1,1",
 }
 
 
@@ -82,7 +89,7 @@ def _load(name: str, entry: _Entry) -> Any:
     found: typer.Typer | Callable[..., Any] = getattr(importlib.import_module(entry.module), entry.attribute)
     if not isinstance(found, typer.Typer):
         function, found = found, typer.Typer(add_completion=False)
-        found.command(name, epilog=f"Example: fedcompute {name}")(function)
+        found.command(name, epilog=f"Example: fedcompute {_EXAMPLES.get(name, name)}")(function)
     command = typer.main.get_command(found)
     command.name = name
     # Completion is the program's, not that of a part of it.

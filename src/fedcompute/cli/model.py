@@ -8,8 +8,8 @@ import typer
 
 from fedcompute.cli import options
 from fedcompute.cli.connection import connect
-from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import OperationFailed, Reason
+from fedcompute.models.quiet import quiet_tensorflow
 
 app = typer.Typer(no_args_is_help=True, help="Export a round's weights into your model.")
 

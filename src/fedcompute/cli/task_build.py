@@ -13,8 +13,8 @@ import typer
 from fedcompute.builder.lower_ops import LowerOps
 from fedcompute.cli import options
 from fedcompute.cli.connection import api_key
-from fedcompute.cli.quiet import quiet_tensorflow
 from fedcompute.errors import ArtifactInvalid, BuildFailed, ConfigInvalid, FedComputeError, Reason
+from fedcompute.models.quiet import quiet_tensorflow
 from fedcompute.tracing import span
 
 _ZIP = ".zip"

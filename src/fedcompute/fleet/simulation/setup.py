@@ -1,4 +1,4 @@
-"""What a simulation is made of, as plain data, and the same loaded."""
+"""What a simulation is made of, loaded."""
 
 import tempfile
 from dataclasses import dataclass
@@ -10,25 +10,12 @@ from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.preparation import PreparedTask, prepare_task
 from fedcompute.errors import ArtifactInvalid, ConfigInvalid, Reason
 from fedcompute.fleet.simulation.client_data import ClientData, clients_of, held_out
+from fedcompute.fleet.simulation.jobs import Setup
 from fedcompute.models.datasets import FederatedDataset, load_dataset
 from fedcompute.models.functional_model import FunctionalModel, functional_model_from_keras
 from fedcompute.models.saved_model import load_functional_model
 from fedcompute.models.zoo import SAMPLE_MODELS, build_seeded
 from fedcompute.protos import task_builder_pb2
-
-
-@dataclass(frozen=True)
-class Setup:
-    """`config`, `flags`: serialized TaskConfig and ExperimentFlags. `model`: a SavedModel directory, a zip archive of
-    one, or the name of a sample model. `data`: as `models.datasets.load_dataset`, divided among `clients` by `seed`.
-    """
-
-    config: bytes
-    flags: bytes
-    model: str
-    data: str
-    clients: int
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcompute.errors import UploadRejected
+from fedcompute.fleet.simulation.jobs import Setup, SliceJob, sum_of_slice
 from fedcompute.fleet.simulation.local_training import Clients, LocalTraining, pin_threads
-from fedcompute.fleet.simulation.setup import Setup, load
+from fedcompute.fleet.simulation.setup import load
 from fedcompute.learning.contribution import add, clip_norm_told, empty_sum, read_contribution
 from fedcompute.protos import learning_pb2
 from fedcompute.server.executors import Executor
-from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
-from fedcompute.tensors.partial_sum import PartialSum, decode, encode
+from fedcompute.tensors.checkpoint import write_checkpoint
+from fedcompute.tensors.partial_sum import PartialSum, decode
 from fedcompute.tensors.tree import Tensors, spec_from_proto
 
 Slices = Sequence[NDArray[np.int64]]
@@ -36,15 +37,6 @@ class SliceSum:
 
 SumSlices = Callable[[Tensors, Slices], Iterator[SliceSum]]
 """What devices are told, and slices of a cohort -> the sum of each slice, in order."""
-
-
-@dataclass(frozen=True)
-class SliceJob:
-    """One slice for a worker: `told` is a client checkpoint."""
-
-    setup: Setup
-    told: bytes
-    clients: tuple[int, ...]
 
 
 def width_of(process: learning_pb2.LearningProcess) -> int:
@@ -103,14 +95,10 @@ def in_workers(setup: Setup, executor: Executor) -> SumSlices:
     return sums
 
 
-def sum_of_slice(job: SliceJob) -> tuple[bytes, dict[str, int]]:
-    """A worker's share of a round: the encoded partial sum, and rejections by reason."""
-    process, training = _in_worker(job.setup)
-    found = slice_sum(process, training, read_checkpoint(job.told), job.clients)
-    return encode(found.total), dict(found.rejected)
-
-
 @lru_cache(maxsize=1)
-def _in_worker(setup: Setup) -> tuple[learning_pb2.LearningProcess, LocalTraining]:
+def in_worker(setup: Setup) -> tuple[learning_pb2.LearningProcess, LocalTraining]:
+    """A setup's process and its clients' training, ready, in a worker that trains one client at a time."""
     pin_threads(1)
-    return load(setup).task.process, local_training(setup)
+    training = local_training(setup)
+    training.prepare()
+    return load(setup).task.process, training
