@@ -49,7 +49,9 @@ def shell(tmp_path):
         process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("page", ["task-builder.md", "management-api.md", "storage.md", "operations.md", "devices.md"])
+@pytest.mark.parametrize(
+    "page", ["task-builder.md", "management-api.md", "storage.md", "operations.md", "devices.md", "simulation.md"]
+)
 def test_the_commands_of_a_page_work_as_printed(page, shell, tmp_path):
     missing = [one.name for one in probe() if not one.enforced] if page == "devices.md" else []
     if missing:

@@ -24,7 +24,11 @@ FLOORS = {
 }  # fmt: skip
 WITH_TENSORFLOW = {"models", "builder", "device"}
 # Of the server, the module that runs plans with server graphs, and only when there is such a plan.
-MODULES_WITH_TENSORFLOW = {"server/graph_plans/session.py", "fleet/simulation/local_training.py"}
+MODULES_WITH_TENSORFLOW = {
+    "server/graph_plans/session.py",
+    "fleet/simulation/client_records.py",
+    "fleet/simulation/local_training.py",
+}
 # Too slow for the start of a server or a prompt: imported where they are used.
 HEAVY = {"tensorflow", "keras", "dp_accounting", "matplotlib", "sklearn", "h5py", "plotly", "scipy", "opentelemetry"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not path.name.endswith("_pb2.py"))

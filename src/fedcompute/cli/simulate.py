@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,11 +25,22 @@ _TRAINING, _EVALUATION = "server/client_work/train/", "server/eval/"
 _RESULT = "simulation.json"
 
 
+class Workers(StrEnum):
+    """Where workers are, as the command line says it."""
+
+    PROCESSES = "processes"
+    RAY = "ray"
+
+
 def simulate(
     config: Annotated[Path, typer.Argument(help="Task configuration: text format or JSON, whatever its name.")],
     model: Annotated[str, typer.Option(help="SavedModel directory, a zip archive of one, or a sample's name.")],
     data: Annotated[
-        str, typer.Option(help="digits, a directory of IDX files, or a federated EMNIST .h5 file.")
+        str,
+        typer.Option(
+            help="digits, a directory of IDX files, a federated EMNIST .h5 file, or a directory with a TFRecord file "
+            "of examples for each client."
+        ),
     ] = "digits",
     clients: Annotated[int, typer.Option(min=1, help="Clients that the data are divided among.")] = 1000,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to run; unset: all that the task has.")] = None,
@@ -39,7 +51,17 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Decides who has which data, initial weights, cohorts and noise.")] = 0,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Rounds between looks at the held-out examples.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Clients that train at a time; default: cores.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Worker processes that share the work.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Workers that share the work: processes here, or on the nodes of a Ray cluster.")
+    ] = 1,
+    executor: Annotated[Workers, typer.Option(help="Where the workers are.")] = Workers.PROCESSES,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a Ray cluster's head, whose nodes see model and data under the same paths; default: a "
+            "Ray of this machine alone."
+        ),
+    ] = None,
     skip_dp_check: Annotated[
         bool, typer.Option("--skip-dp-check", help="Accept an epsilon above the target; it is reported all the same.")
     ] = False,
@@ -72,11 +94,11 @@ def simulate(
     sweeps = [read_sweep(text) for text in sweep or ()]
     runs = variants(setup, sweeps)
     jobs = [(one.label, RunJob(one.setup, rounds, evaluate_every, threads)) for one in runs]
-    with _executor(processes) as executor:
+    with _workers(processes, executor, ray_address) as workers:
         if len(jobs) == 1:
-            results = [_one(jobs[0][1], executor, quiet=as_json)]
+            results = [_one(jobs[0][1], workers, quiet=as_json)]
         else:
-            results = _several(jobs, executor, quiet=as_json)
+            results = _several(jobs, workers, quiet=as_json)
     labels = [label for label, _ in jobs]
     files = [] if out is None else _write(out, labels, results)
     warnings = list(dict.fromkeys([*loaded.warnings, *(text for one in results for text in one.warnings)]))
@@ -101,12 +123,13 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _executor(processes: int) -> "AbstractContextManager[Executor | None]":
-    if processes == 1:
+def _workers(processes: int, kind: Workers, ray_address: str | None) -> "AbstractContextManager[Executor | None]":
+    """None where the threads of this process do the work."""
+    if processes == 1 and kind is Workers.PROCESSES and ray_address is None:
         return nullcontext()
-    from fedcompute.server.executors import ProcessExecutor
+    from fedcompute.server.executors import open_executor
 
-    return closing(ProcessExecutor(processes))
+    return closing(open_executor(kind.value, ray_address, processes))
 
 
 def _one(job: "RunJob", executor: "Executor | None", *, quiet: bool) -> "RunResult":

@@ -12,7 +12,8 @@ from fedcompute.models.quiet import quiet_tensorflow
 @dataclass(frozen=True)
 class Setup:
     """`config`, `flags`: serialized TaskConfig and ExperimentFlags. `model`: a SavedModel directory, a zip archive of
-    one, or the name of a sample model. `data`: as `models.datasets.load_dataset`, divided among `clients` by `seed`.
+    one, or the name of a sample model. `data`: a directory of TFRecord files, one for each client, or what
+    `models.datasets.load_dataset` takes, divided among `clients` by `seed`.
     """
 
     config: bytes

@@ -5,6 +5,7 @@ which is worth more than vectors over clients. XLA compiles all of it where it h
 client has whole batches only: it needs the shapes of all.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,9 +58,10 @@ class _Slices:
 
 
 def pin_threads(threads: int) -> None:
-    """Lets TensorFlow run `threads` clients at a time, each on one thread; for a process that has not used it yet."""
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    """Lets TensorFlow run `threads` clients at a time, each on one thread; if it has run already, nothing changes."""
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 class LocalTraining:

@@ -10,6 +10,7 @@ from fedcompute.builder.model_safety import check_saved_model
 from fedcompute.builder.preparation import PreparedTask, prepare_task
 from fedcompute.errors import ArtifactInvalid, ConfigInvalid, Reason
 from fedcompute.fleet.simulation.client_data import ClientData, clients_of, held_out
+from fedcompute.fleet.simulation.client_records import has_records, read_clients
 from fedcompute.fleet.simulation.jobs import Setup
 from fedcompute.models.datasets import FederatedDataset, load_dataset
 from fedcompute.models.functional_model import FunctionalModel, functional_model_from_keras
@@ -35,12 +36,22 @@ def load(setup: Setup) -> Loaded:
     Raises ConfigInvalid, also for a configuration that trains nothing, and ArtifactInvalid.
     """
     model = _model(setup.model, setup.seed)
+    task, warnings = _prepared(setup.config, setup.flags, model)
+    directory = Path(setup.data)
+    if has_records(directory):
+        label_name = task.settings.config.label_name
+        return Loaded(task, *read_clients(directory, setup.clients, model, label_name), warnings)
     dataset = _dataset(setup.data, setup.clients, setup.seed)
-    return prepared(setup.config, setup.flags, model, dataset)
+    return Loaded(task, clients_of(dataset, model), held_out(dataset, model), warnings)
 
 
 def prepared(config: bytes, flags: bytes, model: FunctionalModel, dataset: FederatedDataset) -> Loaded:
     """As `load`, of a model and a data set in memory."""
+    task, warnings = _prepared(config, flags, model)
+    return Loaded(task, clients_of(dataset, model), held_out(dataset, model), warnings)
+
+
+def _prepared(config: bytes, flags: bytes, model: FunctionalModel) -> tuple[PreparedTask, tuple[str, ...]]:
     report = task_builder_pb2.TaskReport()
     task = prepare_task(
         lambda: model,
@@ -52,7 +63,7 @@ def prepared(config: bytes, flags: bytes, model: FunctionalModel, dataset: Feder
         raise ConfigInvalid(
             Reason.CONFIG_INVALID, "the configuration only evaluates", remedy="simulate one with a training task"
         )
-    return Loaded(task, clients_of(dataset, model), held_out(dataset, model), tuple(report.warnings))
+    return task, tuple(report.warnings)
 
 
 @lru_cache(maxsize=1)
