@@ -256,7 +256,7 @@ def _write(out: Path, labels: Sequence[str], results: "Sequence[RunResult]") -> 
         metrics = {facts.number: facts.metrics for facts in one.rounds}
         found = {name: line for name, line in series(metrics).items() if _is_shown(name)}
         drawn.append(Run(label or "simulation", found))
-    files = plot_metrics(drawn, out)
+    files = plot_metrics(drawn, out, bridged=True)
     result = out / _RESULT
     try:
         result.write_text(json.dumps(_document(labels, results)))

@@ -35,10 +35,10 @@ class Run:
     metrics: Mapping[str, MetricSeries]
 
 
-def plot_metrics(runs: Sequence[Run], directory: Path) -> list[Path]:
+def plot_metrics(runs: Sequence[Run], directory: Path, *, bridged: bool = False) -> list[Path]:
     """Draws one PNG per metric name into `directory` (made if missing): x the round, y the value, one line per run.
 
-    A round without a value leaves a gap. A run without a metric is left out of that metric's chart; a legend appears
+    A round without a value leaves a gap, unless `bridged`: for runs that are measured now and then. A run without a metric is left out of that metric's chart; a legend appears
     with more than one run. Returns the files, in the metrics' order. Raises OperationFailed(STORAGE_FAILED) if a file
     cannot be written and OperationFailed(SETTINGS_INVALID) for more than 50 runs.
     """
@@ -51,17 +51,19 @@ def plot_metrics(runs: Sequence[Run], directory: Path) -> list[Path]:
     written = []
     for name in dict.fromkeys(name for run in runs for name in run.metrics):
         lines = [(run.label, run.metrics[name]) for run in runs if name in run.metrics]
-        written.append(plot_series(lines, directory / f"{file_stem(name)}.png", legend=len(runs) > 1))
+        written.append(plot_series(lines, directory / f"{file_stem(name)}.png", legend=len(runs) > 1, bridged=bridged))
     return written
 
 
-def plot_series(lines: Sequence[tuple[str, MetricSeries]], path: Path, *, legend: bool = True) -> Path:
+def plot_series(
+    lines: Sequence[tuple[str, MetricSeries]], path: Path, *, legend: bool = True, bridged: bool = False
+) -> Path:
     """Draws one metric of several runs, as pairs (label, series), into a PNG file; returns its path."""
     figure = _figure(8.0, 4.5)
     axes = figure.subplots()
     for index, (label, series) in enumerate(lines):
         style = _STYLES[index // len(_COLOURS) % len(_STYLES)]
-        _draw(axes, series, label, _COLOURS[index % len(_COLOURS)], style)
+        _draw(axes, series, label, _COLOURS[index % len(_COLOURS)], style, bridged=bridged)
     name = lines[0][1].name if lines else ""
     _finish(axes, title=name, value=metric_label(name))
     if legend:
