@@ -38,9 +38,10 @@ class Run:
 def plot_metrics(runs: Sequence[Run], directory: Path, *, bridged: bool = False) -> list[Path]:
     """Draws one PNG per metric name into `directory` (made if missing): x the round, y the value, one line per run.
 
-    A round without a value leaves a gap, unless `bridged`: for runs that are measured now and then. A run without a metric is left out of that metric's chart; a legend appears
-    with more than one run. Returns the files, in the metrics' order. Raises OperationFailed(STORAGE_FAILED) if a file
-    cannot be written and OperationFailed(SETTINGS_INVALID) for more than 50 runs.
+    A round without a value leaves a gap, unless `bridged`: for runs that are measured now and then. A run without a
+    metric is left out of that metric's chart; a legend appears with more than one run. Returns the files, in the
+    metrics' order. Raises OperationFailed(STORAGE_FAILED) if a file cannot be written and
+    OperationFailed(SETTINGS_INVALID) for more than 50 runs.
     """
     if len(runs) > MAX_RUNS:
         raise OperationFailed(
