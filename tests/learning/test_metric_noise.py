@@ -62,8 +62,8 @@ def start(process):
 @pytest.mark.parametrize("examples", [1.0, 20.0, 1e6, 3e30])
 def test_one_device_moves_the_metric_sums_by_at_most_their_clip_norm(examples):
     process = process_of()
-    one = read_contribution(process, update_for(process, examples=examples), 1.0)
-    step = empty_sum(process, b"", 1.0).steps[noised_metric_leaves(process)[0]]
+    one = total_of(process, [update_for(process, examples=examples)])
+    step = one.steps[noised_metric_leaves(process)[0]]
     moved = [int(v) for name in noised_metric_leaves(process) for v in one.lattice[name].ravel()]
     norm = sum(Fraction(v) ** 2 for v in moved) * Fraction(step) ** 2
     assert norm <= Fraction(CLIP) ** 2

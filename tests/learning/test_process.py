@@ -274,7 +274,7 @@ def test_a_norm_over_the_bound_by_float32_rounding_is_clipped_not_rejected():
     process = process_with(GAUSSIAN)
     update = update_for(process, scale=0)
     update["update/1/1"] = np.array([0.1 * (1 + 5e-5), 0], np.float32)
-    step = read_contribution(process, update, bound_of(process)).lattice["update/1/1"][0]
+    step = total_of(process, [update]).lattice["update/1/1"][0]
     assert (
         step * 2.0 ** (math.floor(math.log2(process.fixed_gaussian.clip_norm)) - 30) <= process.fixed_gaussian.clip_norm
     )

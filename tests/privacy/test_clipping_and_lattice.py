@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedcompute.privacy.clipping import clip_by_global_norm, global_norm
-from fedcompute.privacy.lattice import add_noise, lattice_for, to_lattice
+from fedcompute.privacy.lattice import add_noise, add_to_lattice, lattice_for
 from fedcompute.privacy.noise import SeededNoise
 
 floats = st.floats(-1e6, 1e6, width=32)
@@ -17,6 +17,12 @@ leaves = st.dictionaries(
     arrays(np.float32, array_shapes(max_dims=2, max_side=6), elements=floats),
     min_size=1,
 )
+
+
+def on_lattice(leaf, lattice, factor=1.0):
+    total = np.zeros(leaf.shape, np.int64)
+    add_to_lattice(total, leaf, lattice, factor)
+    return total
 
 
 def exact_squared_norm(values):
@@ -34,7 +40,7 @@ def test_the_clipped_norm_never_exceeds_the_bound_in_exact_arithmetic(update, cl
 def test_the_lattice_point_of_a_clipped_update_stays_within_the_bound(update, clip_norm):
     lattice = lattice_for(clip_norm)
     clipped = clip_by_global_norm(update, clip_norm)
-    points = to_lattice(clipped, lattice)
+    points = {name: on_lattice(leaf, lattice) for name, leaf in clipped.items()}
     squared = sum(int(x) ** 2 for value in points.values() for x in value.ravel()) * Fraction(lattice.step) ** 2
     assert squared <= Fraction(clip_norm) ** 2
     for name, value in points.items():
@@ -47,10 +53,39 @@ def test_the_lattice_point_of_a_clipped_update_stays_within_the_bound(update, cl
 def test_a_leaf_of_any_size_lies_on_the_lattice_as_if_it_were_rounded_whole(shape, factor, dtype):
     leaf = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     lattice = lattice_for(0.37)
-    points = to_lattice({"a": leaf}, lattice, factor)["a"]
+    points = on_lattice(leaf, lattice, factor)
     expected = np.trunc(leaf.astype(np.float64) * factor / lattice.step).astype(np.int64)
     assert (points.dtype, points.shape) == (np.int64, shape)
     np.testing.assert_array_equal(points, expected)
+
+
+@settings(max_examples=200)
+@given(
+    arrays(np.float32, st.integers(0, 40), elements=st.floats(-1.0, 1.0, width=32)),
+    st.sampled_from([1.0, 1 - 2**-53, 1 / (1 + 1e-4), 0.7]),
+    st.floats(1e-38, 1e38),
+)
+def test_one_product_is_the_same_as_a_product_and_a_division(unit, factor, clip_norm):
+    leaf = np.multiply(unit, clip_norm, dtype=np.float64).astype(np.float32)
+    lattice = lattice_for(clip_norm)
+    expected = np.trunc(leaf.astype(np.float64) * factor / lattice.step).astype(np.int64)
+    np.testing.assert_array_equal(on_lattice(leaf, lattice, factor), expected)
+
+
+def test_a_leaf_is_added_to_what_the_sum_holds_wherever_its_bytes_lie():
+    data = bytes(3) + np.linspace(-1, 1, 70_001, dtype=np.float32).tobytes()
+    leaf = np.frombuffer(data, np.uint8)[3:].view(np.float32)
+    assert not leaf.flags.aligned
+    total = np.arange(70_001)
+    add_to_lattice(total, leaf, lattice_for(2.0))
+    np.testing.assert_array_equal(total, np.arange(70_001) + on_lattice(leaf.copy(), lattice_for(2.0)))
+
+
+@pytest.mark.parametrize("clip_norm", [5e-324, 1e-310, 2.0**-992, 1e-290])
+def test_a_clip_norm_of_any_size_has_a_lattice_whose_step_can_be_inverted(clip_norm):
+    lattice = lattice_for(clip_norm)
+    assert 0 < 1 / lattice.step < math.inf
+    assert np.abs(on_lattice(np.array([clip_norm, -clip_norm]), lattice)).max() <= clip_norm / lattice.step
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, 1e-4, 123.456])

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcompute.errors import ArtifactInvalid, Reason
+from fedcompute.protos import learning_pb2
 from fedcompute.tensors.partial_sum import PartialSum, decode, encode, merge
 
 DIGEST = b"d" * 32
@@ -22,6 +23,20 @@ def test_a_partial_sum_survives_its_bytes():
     assert (read.plan_digest, read.num_inputs, read.steps) == (DIGEST, 7, {"update/1/0": 2.0**-30})
     np.testing.assert_array_equal(read.lattice["update/1/0"], total.lattice["update/1/0"])
     assert read.real["update/0/loss/0"] == 0.5
+
+
+@pytest.mark.parametrize("step", [2.0**-1022, 0.5])
+@pytest.mark.parametrize("inputs", [0, 1, 300, 1 << 31])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (200, 2), (1, 0, 5)])
+def test_the_bytes_are_those_that_protobuf_writes(shape, inputs, step):
+    lattice = np.random.default_rng(0).integers(-(2**62), 2**62, shape)
+    real = np.random.default_rng(1).standard_normal(shape).T
+    total = PartialSum(DIGEST if inputs else b"", inputs, {"a/ü": step}, {"a/ü": lattice}, {"": real, "b": real})
+    expected = learning_pb2.PartialSum(version=1, num_inputs=inputs, plan_digest=total.plan_digest)
+    expected.leaves.add(name="a/ü", shape=shape, lattice=lattice.tobytes(), lattice_step=step)
+    for name in ("", "b"):
+        expected.leaves.add(name=name, shape=real.shape, real=real.tobytes())
+    assert encode(total) == expected.SerializeToString(deterministic=True)
 
 
 @settings(max_examples=30)

@@ -5,7 +5,9 @@ Source: spec/server.md 7.1, spec/device.md 2.4.
 
 import base64
 import json
+import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import pybase64
 from isal import igzip, isal_zlib
@@ -14,11 +16,14 @@ from fedcompute.crypto.hpke import DEVICE_INFO, open_sealed, seal
 from fedcompute.crypto.keys import PublicKey
 from fedcompute.errors import Reason, UploadRejected
 
+Body = TypeVar("Body", bytes, memoryview)
+
 GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_LEVEL = 1  # of igzip: on floats and lattice sums the higher ones gain nothing, and 0 loses a quarter
 _GZIP_FLAGS = 0x1F  # those that RFC 1952 defines
 _DAMAGED: type[Exception] = isal_zlib.error  # type: ignore[assignment] # the package declares an instance
 _JSON_SPACE = b" \t\r\n"
+_OBJECT = re.compile(rb"[ \t\r\n]*\{")
 _MEMBERS = (b"keyId", b"encryptedPayload", b"associatedData")
 _MARKS = [b"{", b":", b",", b":", b",", b":", b"}"]  # what stands between the strings of such an object
 _QUOTES = 4 * len(_MEMBERS)
@@ -31,7 +36,7 @@ def gzip_bytes(data: bytes) -> bytes:
     return packed
 
 
-def gunzip(data: bytes, limit: int) -> bytes:
+def gunzip(data: bytes | memoryview, limit: int) -> bytes:
     """Decompresses one gzip stream to at most `limit` bytes.
 
     Raises UploadRejected: UPLOAD_TOO_LARGE when it would be longer, UPLOAD_TRUNCATED when the stream is damaged,
@@ -40,7 +45,7 @@ def gunzip(data: bytes, limit: int) -> bytes:
     stream = isal_zlib.decompressobj(wbits=31)
     try:
         # The decompressor overlooks flags that no gzip file has.
-        plain = b"" if data[3:4] > bytes([_GZIP_FLAGS]) else stream.decompress(data, limit + 1)
+        plain = b"" if len(data) > 3 and data[3] > _GZIP_FLAGS else stream.decompress(data, limit + 1)
     except _DAMAGED as cause:
         raise UploadRejected(Reason.UPLOAD_TRUNCATED, f"{len(data)} bytes are not a gzip stream") from cause
     if len(plain) > limit:
@@ -67,18 +72,21 @@ def seal_update(checkpoint: bytes, key: PublicKey, info: bytes = DEVICE_INFO) ->
     ).encode()
 
 
-def open_update(body: bytes, private_keys: Mapping[str, bytes], *, allow_plaintext: bool, limit: int) -> bytes:
+def open_update(body: Body, private_keys: Mapping[str, bytes], *, allow_plaintext: bool, limit: int) -> bytes | Body:
     """The checkpoint inside a stored upload, of at most `limit` bytes.
 
     `body` is the object as stored (with or without the outer gzip); `private_keys` maps key ids to raw private keys.
-    A body that is no JSON object is a plaintext checkpoint, which counts only if `allow_plaintext`. Raises
-    UploadRejected with the reason; nothing else escapes.
+    A body that is no JSON object is a plaintext checkpoint, which counts only if `allow_plaintext`; one without gzip is
+    returned itself. Raises UploadRejected with the reason; nothing else escapes.
 
     Formal guarantees: with `allow_plaintext` false every returned byte was encrypted to one of `private_keys`.
     """
     # JSON and base64 add a third to the sealed bytes; the sealed bytes may be incompressible.
     envelope = gunzip(body, 2 * limit + 4096) if body[:2] == GZIP_MAGIC else body
-    opened = _plain_fields(envelope) or _parsed_fields(envelope)
+    opened = None
+    if _OBJECT.match(envelope):
+        text = bytes(envelope)
+        opened = _plain_fields(text) or _parsed_fields(text)
     if opened is None:
         if not allow_plaintext:
             raise UploadRejected(Reason.UPLOAD_NOT_ENCRYPTED, f"{len(envelope)} bytes are no encrypted envelope")
@@ -124,12 +132,10 @@ def _plain_fields(data: bytes) -> tuple[str, bytes, bytes] | None:
 
 
 def _parsed_fields(data: bytes) -> tuple[str, bytes, bytes] | None:
-    """As `_plain_fields`, of any JSON object; None if `data` is none.
+    """As `_plain_fields`, of any JSON object; None if `data`, which begins like one, is none.
 
     Raises UploadRejected (DECRYPTION_FAILED) for an object that is no envelope.
     """
-    if data.lstrip(_JSON_SPACE)[:1] != b"{":
-        return None
     if any(data.count(mark) > _MOST_PARTS for mark in (b'"', b",", b"[", b"{")):
         # Parsed, many small values take a hundred times the space.
         raise UploadRejected(Reason.DECRYPTION_FAILED, f"the envelope has more than {_MOST_PARTS} parts")

@@ -1,7 +1,9 @@
 """One device's update: judged, bounded and added to a sum."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +23,11 @@ from fedcompute.learning.aggregators import (
 from fedcompute.learning.catalogue import aggregator_of
 from fedcompute.privacy.adaptive import BIT, BIT_STEP
 from fedcompute.privacy.clipping import NORM_TOLERANCE, clip_by_global_norm, clip_factor, global_norm
-from fedcompute.privacy.lattice import Lattice, lattice_for, to_lattice
+from fedcompute.privacy.lattice import Lattice, add_to_lattice, lattice_for
 from fedcompute.tensors.partial_sum import PartialSum
-from fedcompute.tensors.tree import Tensors, spec_from_proto
+from fedcompute.tensors.tree import LeafSpec, Tensors, spec_from_proto
+
+_BLOCK = 1 << 16  # elements that are looked at together
 
 # What a scalar of each role may be, exactly, and how to say so.
 _SCALARS: Mapping[Role, tuple[Callable[[float], bool], str]] = {
@@ -35,11 +39,57 @@ _SCALARS: Mapping[Role, tuple[Callable[[float], bool], str]] = {
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """What one update adds: `lattice` leaves are int64 steps, `real` leaves float64."""
+class Multiples:
+    """What a leaf adds to a lattice sum: its values times `factor`, in steps of `lattice` (see `add_to_lattice`)."""
 
-    lattice: Mapping[str, NDArray[np.int64]]
-    real: Mapping[str, NDArray[np.float64]]
+    values: NDArray[np.floating]
+    lattice: Lattice
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one judged update adds, by leaf: `lattice` to int64 sums, `real` to float64 sums.
+
+    Its arrays are those of the update, which is read again when it is added, and only then converted.
+    """
+
+    lattice: Mapping[str, Multiples]
+    real: Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What `judge` wants to know of a process, found out once. `specs`: every update leaf, in file order."""
+
+    process: Process
+    clip_norm: float | None
+    specs: Mapping[str, LeafSpec]
+    deltas: tuple[str, ...]
+    scalars: tuple[tuple[str, Role], ...]
+    bits: tuple[str, ...]
+    flags: tuple[str, ...]
+    noised_metrics: tuple[str, ...]
+    real: tuple[str, ...]
+
+
+def rules_of(process: Process, clip_norm: float | None) -> Rules:
+    """The rules for updates of a process; `clip_norm` as in `read_contribution`."""
+    deltas, bits = update_leaves(process, DELTA), update_leaves(process, BELOW_ESTIMATE)
+    metrics = noised_metric_leaves(process)
+    on_lattice = {*bits, *metrics, *(deltas if clip_norm is not None else ())}
+    specs = {leaf.spec.name: spec_from_proto(leaf.spec) for leaf in process.updates}
+    return Rules(
+        process=process,
+        clip_norm=clip_norm,
+        specs=specs,
+        deltas=tuple(deltas),
+        scalars=tuple((leaf.spec.name, leaf.role) for leaf in process.updates if leaf.role in _SCALARS),
+        bits=tuple(bits),
+        flags=tuple(update_leaves(process, ZEROED)),
+        noised_metrics=tuple(metrics),
+        real=tuple(name for name in specs if name not in on_lattice),
+    )
 
 
 def noised_metric_leaves(process: Process) -> list[str]:
@@ -80,29 +130,30 @@ def read_contribution(process: Process, update: Tensors, clip_norm: float | None
     zeroing flag lie on the lattice of its clip norm with an L2 norm of at most that, over all of them together; else
     they are not noised and leave the server as plain sums (spec/artifacts.md 9, consequence 3, and 10.1).
     """
-    _check_layout(process, update)
-    _check_scalars(process, update)
-    deltas = {name: update[name] for name in update_leaves(process, DELTA)}
-    bits = set(update_leaves(process, BELOW_ESTIMATE))
-    metrics = {name: update[name] for name in noised_metric_leaves(process)}
-    bound = float(process.metric_noise.clip_norm)
-    lattice = to_lattice(clip_by_global_norm(metrics, bound), lattice_for(bound)) if metrics else {}
-    real = {
-        leaf.spec.name: update[leaf.spec.name].astype(np.float64)
-        for leaf in process.updates
-        if leaf.spec.name not in deltas and leaf.spec.name not in bits and leaf.spec.name not in metrics
-    }
+    return judge(rules_of(process, clip_norm), update)
+
+
+def judge(rules: Rules, update: Tensors) -> Contribution:
+    """`read_contribution` by rules that serve for many updates."""
+    norm = _check_layout(rules, update)
+    _check_scalars(rules, update)
+    lattice: dict[str, Multiples] = {}
+    if rules.noised_metrics:
+        bound = float(rules.process.metric_noise.clip_norm)
+        clipped = clip_by_global_norm({name: update[name] for name in rules.noised_metrics}, bound)
+        lattice = {name: Multiples(value, lattice_for(bound)) for name, value in clipped.items()}
+    real = {name: update[name] for name in rules.real}
+    clip_norm = rules.clip_norm
     if clip_norm is None:
-        return Contribution(lattice, {**real, **{name: value.astype(np.float64) for name, value in deltas.items()}})
-    norm = global_norm(deltas)
+        return Contribution(lattice, real)
     if not norm <= clip_norm * (1 + NORM_TOLERANCE):
         raise UploadRejected(Reason.NORM_TOO_LARGE, f"update norm {norm:.6g} exceeds clip norm {clip_norm:.6g}")
-    flags = [name for name in update_leaves(process, ZEROED) if update[name]]
+    flags = [name for name in rules.flags if update[name]]
     if flags and norm > 0:
         raise UploadRejected(Reason.WRONG_COUNT, f"{flags[0]} is 1, but the update norm is {norm:.6g}")
-    size = sum(value.size for value in deltas.values())
-    lattice |= to_lattice(deltas, lattice_for(clip_norm), clip_factor(norm, size, clip_norm))
-    lattice |= to_lattice({name: update[name] for name in bits}, Lattice(BIT_STEP))
+    factor = clip_factor(norm, sum(update[name].size for name in rules.deltas), clip_norm)
+    lattice |= {name: Multiples(update[name], lattice_for(clip_norm), factor) for name in rules.deltas}
+    lattice |= {name: Multiples(update[name], Lattice(BIT_STEP)) for name in rules.bits}
     return Contribution(lattice, real)
 
 
@@ -129,24 +180,28 @@ def add(total: PartialSum, contribution: Contribution) -> PartialSum:
 
     Formal guarantees: lattice leaves are exact integers, so any order of contributions gives the same bytes.
     """
-    for name, value in contribution.lattice.items():
-        total.lattice[name][...] += value
+    for name, one in contribution.lattice.items():
+        add_to_lattice(total.lattice[name], one.values, one.lattice, one.factor)
     for name, real in contribution.real.items():
-        total.real[name][...] += real
+        running = total.real[name]
+        np.add(running, real, out=running)
     return PartialSum(total.plan_digest, total.num_inputs + 1, total.steps, total.lattice, total.real)
 
 
-def _check_scalars(process: Process, update: Tensors) -> None:
-    for leaf in process.updates:
-        if leaf.role in _SCALARS:
-            allowed, rule = _SCALARS[leaf.role]
-            value = float(update[leaf.spec.name])
-            if not allowed(value):
-                raise UploadRejected(Reason.WRONG_COUNT, f"{leaf.spec.name} is {value:g}, not {rule}")
+def _check_scalars(rules: Rules, update: Tensors) -> None:
+    for name, role in rules.scalars:
+        allowed, rule = _SCALARS[role]
+        value = float(update[name])
+        if not allowed(value):
+            raise UploadRejected(Reason.WRONG_COUNT, f"{name} is {value:g}, not {rule}")
 
 
-def _check_layout(process: Process, update: Tensors) -> None:
-    expected = {leaf.spec.name: spec_from_proto(leaf.spec) for leaf in process.updates}
+def _check_layout(rules: Rules, update: Tensors) -> float:
+    """Refuses all but finite leaves of the right names, types and shapes; returns the deltas' norm, inf without bound.
+
+    The norm of deltas, where it is asked for, also tells whether they are finite.
+    """
+    expected = rules.specs
     if update.keys() != expected.keys():
         missing = sorted(expected.keys() - update.keys())
         unknown = sorted(update.keys() - expected.keys())
@@ -154,11 +209,27 @@ def _check_layout(process: Process, update: Tensors) -> None:
             Reason.WRONG_LEAF_NAMES,
             f"{len(missing)} leaves missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
         )
+    norm = math.inf
+    deltas = {name: update[name] for name in rules.deltas}
+    if rules.clip_norm is not None and all(_is_of(value, expected[name]) for name, value in deltas.items()):
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = global_norm(deltas)
+    known = rules.deltas if math.isfinite(norm) else ()
     for name, spec in expected.items():
         value = update[name]
         if value.dtype != spec.dtype:
             raise UploadRejected(Reason.WRONG_LEAF_TYPE, f"{name} is {value.dtype}, not {spec.dtype}")
         if value.shape != spec.shape:
             raise UploadRejected(Reason.WRONG_LEAF_SHAPE, f"{name} has shape {value.shape}, not {spec.shape}")
-        if not np.isfinite(value).all():
+        if name not in known and not _is_finite(value):
             raise UploadRejected(Reason.NOT_FINITE, f"{name} holds a value that is not finite")
+    return norm
+
+
+def _is_of(value: NDArray[Any], spec: LeafSpec) -> bool:
+    return value.dtype == spec.dtype and value.shape == spec.shape
+
+
+def _is_finite(values: NDArray[Any]) -> bool:
+    flat = values.reshape(-1)
+    return all(bool(np.isfinite(flat[start : start + _BLOCK]).all()) for start in range(0, flat.size, _BLOCK))

@@ -16,7 +16,7 @@ class FixedGaussian:
     """Adds Gaussian noise of a fixed scale to a sum of clipped contributions.
 
     Formal guarantees: adjacency add-or-remove-one device per round; the lattice sum's L2 sensitivity is `clip_norm`
-    (see `lattice.to_lattice`). Each release is a Gaussian event with noise multiplier `standard_deviation /
+    (see `lattice.add_to_lattice`). Each release is a Gaussian event with noise multiplier `standard_deviation /
     clip_norm`; assumes that every contribution passed `clipping.clip_by_global_norm` with this clip norm on the
     server. The denominator is fixed, so the count of contributions is not released by it.
     Source: arXiv 1710.06963, section 2.2; spec/artifacts.md 9.1.

@@ -10,9 +10,10 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import unquote, urlsplit
@@ -22,8 +23,10 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, ObjectStore, S3Store, from_url
 
 from fedcompute.errors import OperationFailed, Reason, RequestRejected
+from fedcompute.storage.staged_files import write_staged
 
 if TYPE_CHECKING:
+    from obstore import Bytes
     from obstore.store import ClientConfig, RetryConfig
 
     _Signer = S3Store | GCSStore | AzureStore
@@ -33,7 +36,6 @@ CHUNK_BYTES = 1 << 20
 DELETE_LIMIT = 1000
 _ABORT_SECONDS = 10.0
 _PART_BYTES = 5 << 20  # the smallest part that S3 takes
-_LOCAL_PART_BYTES = 256 << 10  # hundreds of slow uploads lie in memory at once
 # A store that is down is told of within half a minute: whoever waits tries again by its own rules.
 _RETRY: "RetryConfig" = {"max_retries": 5, "retry_timeout": timedelta(seconds=20)}
 _CLIENT: "ClientConfig" = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}
@@ -57,6 +59,19 @@ class BlobStream:
     size: int
     content_encoding: str | None
     chunks: AsyncIterator[bytes]
+
+
+class Scratch:
+    """Memory that one object after the other is read into: what is in the processor's cache stays there."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def take(self, size: int) -> memoryview:
+        """The first `size` bytes, which are free to write to."""
+        if len(self._memory) < size:
+            self._memory = memoryview(bytearray(size))
+        return self._memory[:size]
 
 
 def open_blob_store(url: str) -> "BlobStore":
@@ -104,6 +119,7 @@ class BlobStore:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._keeps_attributes = not isinstance(store, LocalStore)
+        self._folder = Path(store.prefix or "/") if isinstance(store, LocalStore) else None
 
     def check_writes_once(self) -> None:
         """Makes sure that the store creates an object only if it is absent: what a round releases rests on it.
@@ -150,13 +166,21 @@ class BlobStore:
         """
         key = _key(bucket, path)
         counted = _Counted(chunks, limit, key)
+        if self._folder is not None:
+            try:
+                await write_staged(self._folder / key, counted, patience=_ABORT_SECONDS)
+            except OSError as error:
+                if counted.failure is error:
+                    raise
+                raise _failed("write", key, error) from error
+            return counted.size
         first = await anext(counted, b"")
         put = obstore.put_async(
             self._store,
             key,
             _chain(first, counted),
             attributes=self._attributes(first[:3]),
-            chunk_size=_PART_BYTES if self._keeps_attributes else _LOCAL_PART_BYTES,
+            chunk_size=_PART_BYTES,
             max_concurrency=2,
         )
         writing = asyncio.ensure_future(put)
@@ -178,39 +202,47 @@ class BlobStore:
     def get(self, bucket: str, path: str, limit: int) -> bytes:
         """Reads an object of at most `limit` bytes; raises BlobMissing(NOT_FOUND) or BlobTooLarge(BLOB_TOO_LARGE)."""
         key = _key(bucket, path)
-        try:
-            result = obstore.get(self._store, key)
-            size = result.meta["size"]
-            if size > limit:
-                raise _too_large(key, limit)
-            return bytes(result.bytes())
-        except FileNotFoundError:
-            raise _missing(key) from None
-        except (BaseError, OSError) as error:
-            raise _failed("read", key, error) from error
+        with _reading(key):
+            if self._folder is None:
+                return bytes(self._fetch(key, limit))
+            with _open_file(self._folder, key, limit) as (file, _):
+                return file.readall()
+
+    def get_into(self, scratch: Scratch, bucket: str, path: str, limit: int) -> memoryview:
+        """As `get`; what it returns holds until another object is read into `scratch`.
+
+        An object store's answer has memory of its own.
+        """
+        key = _key(bucket, path)
+        with _reading(key):
+            if self._folder is None:
+                return memoryview(self._fetch(key, limit))
+            with _open_file(self._folder, key, limit) as (file, size):
+                view, at = scratch.take(size), 0
+                while at < size and (count := file.readinto(view[at:])):
+                    at += count
+                return view[:at]
+
+    def _fetch(self, key: str, limit: int) -> "Bytes":
+        result = obstore.get(self._store, key)
+        if result.meta["size"] > limit:
+            raise _too_large(key, limit)
+        return result.bytes()
 
     async def open_stream(self, bucket: str, path: str, *, chunk_bytes: int = CHUNK_BYTES) -> BlobStream:
         """Opens an object for reading in chunks of about `chunk_bytes`; raises BlobMissing(NOT_FOUND)."""
         key = _key(bucket, path)
-        try:
+        with _reading(key):
             result = await obstore.get_async(self._store, key)
             stream = result.stream(min_chunk_size=chunk_bytes)
             first = bytes(await anext(stream, b""))
-        except FileNotFoundError:
-            raise _missing(key) from None
-        except (BaseError, OSError) as error:
-            raise _failed("read", key, error) from error
         return BlobStream(result.meta["size"], content_encoding(first), _chain(first, stream))
 
     def size(self, bucket: str, path: str) -> int:
         """An object's size in bytes; raises BlobMissing(NOT_FOUND)."""
         key = _key(bucket, path)
-        try:
+        with _reading(key):
             return int(obstore.head(self._store, key)["size"])
-        except FileNotFoundError:
-            raise _missing(key) from None
-        except (BaseError, OSError) as error:
-            raise _failed("read", key, error) from error
 
     def exists(self, bucket: str, path: str) -> bool:
         """Whether there is such an object, complete."""
@@ -298,8 +330,8 @@ class BlobStore:
             paths = []
         except (BaseError, OSError) as error:
             raise _failed("delete", key, error) from error
-        if isinstance(self._store, LocalStore) and self._store.prefix is not None and len(paths) < limit:
-            _remove_empty(Path(self._store.prefix) / key)
+        if self._folder is not None and len(paths) < limit:
+            _remove_empty(self._folder / key)
         return len(paths[:limit])
 
     def _attributes(self, first: bytes) -> dict[str, str] | None:
@@ -358,6 +390,27 @@ async def _chain(first: bytes, rest: AsyncIterable[bytes]) -> AsyncIterator[byte
     async for chunk in rest:
         if chunk:
             yield bytes(chunk)
+
+
+@contextlib.contextmanager
+def _reading(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError):
+        raise _missing(key) from None
+    except (BaseError, OSError) as error:
+        raise _failed("read", key, error) from error
+
+
+@contextlib.contextmanager
+def _open_file(folder: Path, key: str, limit: int) -> Iterator[tuple[FileIO, int]]:
+    """An object's file and its size. So its bytes are copied once, out of the page cache; the library copies more."""
+    with FileIO(folder / key) as file:
+        # Nobody writes to an object that is there, so its size stays what it is.
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise _too_large(key, limit)
+        yield file, size
 
 
 def _remove_empty(folder: Path) -> None:

@@ -73,7 +73,9 @@ DEFAULT_LIMITS = CheckpointLimits()
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class StoredLeaf:
+    """A leaf as a file lists it; `data_type`: TensorFlow's code."""
+
     name: str
     shape: tuple[int, ...]
     data_type: int
@@ -90,11 +92,19 @@ def read_checkpoint(data: bytes | memoryview, limits: CheckpointLimits = DEFAULT
     worst about sixteen, for very short strings) whatever shapes the file claims. Raises ArtifactInvalid:
     CHECKPOINT_MALFORMED or CHECKPOINT_TOO_LARGE.
     """
-    view = memoryview(data).cast("B")
-    if len(view) > limits.max_bytes:
-        raise _too_large(f"{len(view)} bytes exceed the limit of {limits.max_bytes}")
+    stored = stored_leaves(memoryview(data).cast("B"), limits)
+    return {leaf.name: values_of(leaf, payload) for leaf, payload in stored}
+
+
+def stored_leaves(data: memoryview, limits: CheckpointLimits) -> list[tuple[StoredLeaf, memoryview]]:
+    """The leaves of a checkpoint file, sorted by name, with the bytes that `values_of` takes: views of `data`.
+
+    `data`: flat bytes. Raises ArtifactInvalid as `read_checkpoint`; everything but the values has been checked.
+    """
+    if len(data) > limits.max_bytes:
+        raise _too_large(f"{len(data)} bytes exceed the limit of {limits.max_bytes}")
     entries = read_table(
-        view,
+        data,
         # The entry of the shapes comes on top.
         max_entries=limits.max_tensors + 1,
         # Escaping doubles a name at worst; a dimension takes two bytes, the frame six.
@@ -105,13 +115,13 @@ def read_checkpoint(data: bytes | memoryview, limits: CheckpointLimits = DEFAULT
     leaves = {_key(leaf): leaf for leaf in _read_meta(entries[0][1], limits)}
     if len(entries) - 1 != len(leaves):
         raise malformed(f"{len(leaves)} tensors are listed, {len(entries) - 1} stored")
-    tensors = {}
+    stored = []
     for key, value in entries[1:]:
         leaf = leaves.get(key)
         if leaf is None:
             raise malformed("a stored tensor is not listed")
-        tensors[leaf.name] = _read_value(leaf, value)
-    return tensors
+        stored.append((leaf, _read_payload(leaf, value)))
+    return stored
 
 
 def write_checkpoint(tensors: Tensors) -> bytes:
@@ -141,7 +151,7 @@ def _encoded(name: str) -> bytes:
         raise malformed(f"the leaf name {name!r} is not Unicode text") from None
 
 
-def _key(leaf: _Leaf) -> bytes:
+def _key(leaf: StoredLeaf) -> bytes:
     """The ordered code of (0, name, rank, per dimension start 0 and length -1)."""
     # The code escapes 0xff too, a byte that UTF-8 never has.
     escaped = _encoded(leaf.name).replace(b"\0", b"\0\xff")
@@ -155,9 +165,9 @@ def _ordered(number: int) -> bytes:
 # --- Reading ---
 
 
-def _read_meta(value: memoryview, limits: CheckpointLimits) -> list[_Leaf]:
+def _read_meta(value: memoryview, limits: CheckpointLimits) -> list[StoredLeaf]:
     _, outer = single_fields(value, chunks=(1,))
-    leaves: dict[str, _Leaf] = {}
+    leaves: dict[str, StoredLeaf] = {}
     elements = 0
     versions: memoryview | None = None
     for number, content in fields(outer.get(1, memoryview(b""))):
@@ -183,7 +193,7 @@ def _read_meta(value: memoryview, limits: CheckpointLimits) -> list[_Leaf]:
     return list(leaves.values())
 
 
-def _read_listing(content: memoryview, limits: CheckpointLimits) -> _Leaf:
+def _read_listing(content: memoryview, limits: CheckpointLimits) -> StoredLeaf:
     integers, chunks = {}, {}
     slices: list[memoryview] = []
     for number, value in fields(content):
@@ -205,7 +215,7 @@ def _read_listing(content: memoryview, limits: CheckpointLimits) -> _Leaf:
     if not slices:
         raise malformed(f"leaf {name!r} has no data")
     _check_whole(slices[0], len(shape))
-    return _Leaf(name, shape, data_type)
+    return StoredLeaf(name, shape, data_type)
 
 
 def _read_name(raw: memoryview | None, limits: CheckpointLimits) -> str:
@@ -257,33 +267,43 @@ def _in_parts() -> ArtifactInvalid:
     )
 
 
-def _read_value(leaf: _Leaf, value: memoryview) -> NDArray[Any]:
+def _read_payload(leaf: StoredLeaf, value: memoryview) -> memoryview:
     _, outer = single_fields(value, chunks=(2,))
     _, saved = single_fields(outer.get(2, memoryview(b"")), chunks=(1, 2, 3))
     empty = memoryview(b"")
     if saved.get(1, empty) != leaf.name.encode():
         raise malformed(f"the data of leaf {leaf.name!r} bears another name")
     _check_whole(saved.get(2, empty), len(leaf.shape))
-    number, fixed_width = _FIELDS[leaf.data_type]
+    number, _ = _FIELDS[leaf.data_type]
     content = saved.get(3, empty)
+    return content if number == _STRINGS else single_fields(content, chunks=(number,))[1].get(number, empty)
+
+
+def values_of(leaf: StoredLeaf, payload: memoryview, *, align: bool = True) -> NDArray[Any]:
+    """The array in a leaf's bytes, as `read_checkpoint` gives it; without `align` always a view where it can be one.
+
+    Raises ArtifactInvalid (CHECKPOINT_MALFORMED).
+    """
+    number, fixed_width = _FIELDS[leaf.data_type]
     count = math.prod(leaf.shape)
     if number == _STRINGS:
-        array = _read_strings(leaf, content, count)
+        array = _read_strings(leaf, payload, count)
     else:
-        _, found = single_fields(content, chunks=(number,))
-        payload = np.frombuffer(found[number], np.uint8) if len(found.get(number, empty)) else np.empty(0, np.uint8)
+        flat = np.frombuffer(payload, np.uint8) if len(payload) else np.empty(0, np.uint8)
         dtype = to_dtype(leaf.data_type)
-        array = _read_fixed(leaf, payload, count, dtype) if fixed_width else _read_varints(payload, count, dtype)
+        array = _read_fixed(leaf, flat, count, dtype, align) if fixed_width else _read_varints(flat, count, dtype)
     array = array.reshape(leaf.shape)
     array.flags.writeable = False
     return array
 
 
-def _read_fixed(leaf: _Leaf, payload: NDArray[np.uint8], count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _read_fixed(
+    leaf: StoredLeaf, payload: NDArray[np.uint8], count: int, dtype: np.dtype[Any], align: bool
+) -> NDArray[Any]:
     if len(payload) != count * dtype.itemsize:
         raise malformed(f"leaf {leaf.name!r} has {len(payload)} bytes of data, its shape {count * dtype.itemsize}")
     values = payload.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
-    return values if values.flags.aligned else values.copy()
+    return values if values.flags.aligned or not align else values.copy()
 
 
 def _read_varints(payload: NDArray[np.uint8], count: int, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -305,7 +325,7 @@ def _storage(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def _read_strings(leaf: _Leaf, content: memoryview, count: int) -> NDArray[Any]:
+def _read_strings(leaf: StoredLeaf, content: memoryview, count: int) -> NDArray[Any]:
     strings: list[bytes] = []
     for number, value in fields(content):
         if number != _STRINGS or not isinstance(value, memoryview) or len(strings) == count:
@@ -319,26 +339,26 @@ def _read_strings(leaf: _Leaf, content: memoryview, count: int) -> NDArray[Any]:
 # --- Writing ---
 
 
-def _leaf(name: str, array: NDArray[Any]) -> _Leaf:
+def _leaf(name: str, array: NDArray[Any]) -> StoredLeaf:
     data_type = DTYPES.get(array.dtype.newbyteorder("="))
     if data_type is None or data_type not in _FIELDS:
         raise malformed(f"leaf {name!r} has the type {array.dtype}, which a checkpoint cannot hold")
     if array.nbytes > _MAX_VALUE_BYTES and array.dtype.kind in "fc":
         raise _too_large(f"leaf {name!r} has {array.nbytes} bytes; a checkpoint holds less than 2 GiB per leaf")
-    return _Leaf(name, array.shape, data_type)
+    return StoredLeaf(name, array.shape, data_type)
 
 
-def _listing(leaf: _Leaf) -> bytes:
+def _listing(leaf: StoredLeaf) -> bytes:
     shape = b"".join(chunk(2, integer(1, size) if size else b"") for size in leaf.shape)
     name = chunk(1, _encoded(leaf.name)) if leaf.name else b""
     return name + chunk(2, shape) + integer(3, leaf.data_type) + chunk(4, _whole(leaf))
 
 
-def _whole(leaf: _Leaf) -> bytes:
+def _whole(leaf: StoredLeaf) -> bytes:
     return chunk(1, b"") * len(leaf.shape)
 
 
-def _value(leaf: _Leaf, array: NDArray[Any]) -> list[Piece]:
+def _value(leaf: StoredLeaf, array: NDArray[Any]) -> list[Piece]:
     number, fixed_width = _FIELDS[leaf.data_type]
     payload: Piece
     if number == _STRINGS:
@@ -364,7 +384,7 @@ def _varints(array: NDArray[Any]) -> bytes:
     return pack_varints(flat.view(_storage(flat.dtype)))
 
 
-def _strings(leaf: _Leaf, array: NDArray[Any]) -> bytes:
+def _strings(leaf: StoredLeaf, array: NDArray[Any]) -> bytes:
     strings = array.reshape(-1).tolist()
     if not all(isinstance(string, bytes) for string in strings):
         raise malformed(f"leaf {leaf.name!r} holds objects that are not bytes")

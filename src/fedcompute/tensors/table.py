@@ -14,8 +14,9 @@ from fedcompute.tensors.wire import malformed, read_varint, varint
 Piece = bytes | NDArray[np.uint8]
 
 _MAGIC = bytes.fromhex("57fb808b247547db")
+CHECKSUM_BYTES = 4
 _FOOTER = 48
-_TRAILER = 5
+_TRAILER = 1 + CHECKSUM_BYTES
 _BLOCK_SIZE = 256 << 10
 _OVERLY_LARGE = 2 * _BLOCK_SIZE
 _RESTART_INTERVAL = 16
@@ -64,6 +65,26 @@ def read_table(data: memoryview, *, max_entries: int, max_key_bytes: int) -> lis
     return entries
 
 
+def data_blocks(data: memoryview) -> list[tuple[int, int]]:
+    """Offset and size of the blocks that hold the entries of a table which `read_table` has taken, in order.
+
+    A block is followed by its kind and its checksum: one byte and four.
+    """
+    footer = data[-_FOOTER:]
+    index, _ = _read_handle(footer, _read_handle(footer, 0)[1])
+    limit = len(data)
+    return [_read_handle(value, 0)[0] for _, value in _entries(_block(data, index), limit, limit)]
+
+
+def check_block(data: memoryview, offset: int, size: int) -> None:
+    """Raises ArtifactInvalid (CHECKPOINT_MALFORMED) unless the checksum of the block with `size` bytes holds."""
+    end = offset + size
+    (stored,) = struct.unpack_from("<I", data, end + 1)
+    # The extension takes no memoryview; an array over the same bytes is no copy.
+    if stored != _masked(google_crc32c.value(np.frombuffer(data[offset : end + 1], np.uint8))):
+        raise malformed(f"the checksum of the block at byte {offset} does not hold")
+
+
 def _footer(metaindex: bytes, index: bytes) -> bytes:
     return (metaindex + index).ljust(_FOOTER - len(_MAGIC), b"\0") + _MAGIC
 
@@ -83,10 +104,7 @@ def _block(data: memoryview, handle: tuple[int, int]) -> memoryview:
     end = offset + size
     if end + _TRAILER > len(data) - _FOOTER:
         raise malformed("a block lies outside of the file")
-    (stored,) = struct.unpack_from("<I", data, end + 1)
-    # The extension takes no memoryview; an array over the same bytes is no copy.
-    if stored != _masked(google_crc32c.value(np.frombuffer(data[offset : end + 1], np.uint8))):
-        raise malformed(f"the checksum of the block at byte {offset} does not hold")
+    check_block(data, offset, size)
     if data[end] != 0:
         raise ArtifactInvalid(
             Reason.CHECKPOINT_MALFORMED,

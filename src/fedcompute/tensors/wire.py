@@ -129,6 +129,9 @@ def unpack_varints(data: NDArray[np.uint8], count: int, dtype: np.dtype[Any]) ->
     last = data < 0x80
     if np.count_nonzero(last) != count or (len(data) and not last[-1]):
         raise malformed(f"{np.count_nonzero(last)} integers where {count} belong")
+    if len(data) == count:
+        # One byte each: what it can say fits every type.
+        return data.astype(dtype)
     out = np.empty(count, dtype)
     at = done = 0
     while done < count:

@@ -13,7 +13,7 @@ from fedcompute.errors import UploadRejected
 from fedcompute.fleet.simulation.jobs import Setup, SliceJob, sum_of_slice
 from fedcompute.fleet.simulation.local_training import Clients, LocalTraining, pin_threads
 from fedcompute.fleet.simulation.setup import load
-from fedcompute.learning.contribution import add, clip_norm_told, empty_sum, read_contribution
+from fedcompute.learning.contribution import add, clip_norm_told, empty_sum, judge, rules_of
 from fedcompute.protos import learning_pb2
 from fedcompute.server.executors import Executor
 from fedcompute.tensors.checkpoint import write_checkpoint
@@ -57,14 +57,14 @@ def slice_sum(
 ) -> SliceSum:
     """Trains the clients of one slice and judges, bounds and adds their updates as a server does.
 
-    Formal guarantees: those of `learning.contribution.read_contribution` and `add`.
+    Formal guarantees: those of `learning.contribution.judge` and `add`.
     """
     clip_norm = clip_norm_told(process, told)
-    total = empty_sum(process, b"", clip_norm)
+    total, rules = empty_sum(process, b"", clip_norm), rules_of(process, clip_norm)
     rejected: Counter[str] = Counter()
     for update in training.updates(told, clients):
         try:
-            total = add(total, read_contribution(process, update, clip_norm))
+            total = add(total, judge(rules, update))
         except UploadRejected as error:
             rejected[error.reason.value] += 1
     return SliceSum(total, rejected)

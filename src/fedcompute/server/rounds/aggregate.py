@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fedcompute.crypto.aggregates import seal_aggregate
-from fedcompute.crypto.envelope import open_update
+from fedcompute.crypto.envelope import Body, open_update
 from fedcompute.crypto.keys import PublicKey
 from fedcompute.errors import FedComputeError, OperationFailed, Reason, UploadRejected
 from fedcompute.learning.contribution import (
@@ -17,7 +17,8 @@ from fedcompute.learning.contribution import (
     clip_norm_leaf,
     clip_norm_told,
     empty_sum,
-    read_contribution,
+    judge,
+    rules_of,
 )
 from fedcompute.protos import learning_pb2
 from fedcompute.server.graph_plans import plan as graph_plan
@@ -25,10 +26,11 @@ from fedcompute.server.graph_plans.form import GraphPlan
 from fedcompute.server.rounds.pipeline import pipelined
 from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.security.key_service import KeyService, held_keys, key_client
-from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, open_blob_store
+from fedcompute.storage.blobs import BlobMissing, BlobStore, BlobTooLarge, Scratch, open_blob_store
 from fedcompute.storage.paths import AGGREGATED, GRADIENT, MODEL
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint
 from fedcompute.tensors.partial_sum import encode
+from fedcompute.tensors.reader import CheckpointReader
 from fedcompute.tensors.tree import Tensors, spec_from_proto
 from fedcompute.tracing import span
 
@@ -98,18 +100,20 @@ def _add_up(job: AggregateJob) -> AggregateResult:
         return _add_up_with_graphs(blobs, load_graphs(stored_plan, job.max_checkpoint_bytes), job)
     limit = min(job.max_checkpoint_bytes, update_bytes_limit(plan.process))
     clip_norm = _clip_norm(blobs, plan.process, job)
-    total = empty_sum(plan.process, plan.digest, clip_norm)
+    total, rules = empty_sum(plan.process, plan.digest, clip_norm), rules_of(plan.process, clip_norm)
     rejected: list[Rejected] = []
     # A key service that is away is noticed before the work, not after it.
     key = sum_key(job)
-    for (session_id, _), update in zip(job.uploads, _unpacked(blobs, job, limit), strict=True):
+    for session_id, update in _unpacked(blobs, job, limit):
         try:
             if isinstance(update, UploadRejected):
                 raise update
             with _judging():
-                total = add(total, read_contribution(plan.process, update, clip_norm))
+                total = add(total, judge(rules, update))
         except UploadRejected as error:
             rejected.append(Rejected(session_id, error.reason, error.detail))
+        # The next one is read into the same memory, which the processor's cache holds.
+        del update
     blobs.put(AGGREGATED, job.output_path, seal_aggregate(encode(total), key))
     return AggregateResult(total.num_inputs, tuple(rejected))
 
@@ -126,9 +130,10 @@ def _add_up_with_graphs(blobs: BlobStore, plan: GraphPlan, job: AggregateJob) ->
     paths, key = dict(job.uploads), sum_key(job)
 
     def fetch(session_id: str) -> Tensors:
-        stored = _fetch(blobs, paths[session_id], job.max_upload_bytes)
+        with _fetching(job.max_upload_bytes):
+            stored = blobs.get(GRADIENT, paths[session_id], limit=job.max_upload_bytes)
         with _judging():
-            return _open(stored, job, limit)
+            return read_checkpoint(_open(stored, job, limit), CheckpointLimits(max_bytes=limit))
 
     total = graph_plan.add_up(plan, list(paths), fetch)
     blobs.put(AGGREGATED, job.output_path, seal_aggregate(total.partial, key))
@@ -143,9 +148,11 @@ def update_bytes_limit(process: learning_pb2.LearningProcess) -> int:
     return 65_536 + sum(4_096 + 10 * math.prod(spec.shape) for spec in specs)
 
 
-def _fetch(blobs: BlobStore, path: str, limit: int) -> bytes:
+@contextlib.contextmanager
+def _fetching(limit: int) -> Iterator[None]:
+    """Makes of an upload that is not there, or larger than `limit` bytes, its rejection."""
     try:
-        return blobs.get(GRADIENT, path, limit=limit)
+        yield
     except BlobMissing as error:
         raise UploadRejected(Reason.UPLOAD_MISSING, "the upload is no longer in the store") from error
     except BlobTooLarge as error:
@@ -160,27 +167,30 @@ def _clip_norm(blobs: BlobStore, process: learning_pb2.LearningProcess, job: Agg
     return clip_norm_told(process, read_checkpoint(told, CheckpointLimits(max_bytes=limit)))
 
 
-def _unpacked(blobs: BlobStore, job: AggregateJob, limit: int) -> Iterator[Tensors | UploadRejected]:
-    """Each upload's leaves, or why it has none, in order.
+def _unpacked(blobs: BlobStore, job: AggregateJob, limit: int) -> Iterator[tuple[str, Tensors | UploadRejected]]:
+    """Each upload's session and leaves, or why it has none, in order. Leaves hold until the next upload is asked for.
 
-    To unpack one takes ten times as long as to check and add it.
+    To unpack an encrypted one takes ten times as long as to check and add it.
     """
+    reader = CheckpointReader(CheckpointLimits(max_bytes=limit))
+    # Threads read ahead, each into memory of its own.
+    scratch = Scratch() if job.unpackers <= 1 else None
 
-    def unpack(upload: tuple[str, str]) -> Tensors | UploadRejected:
+    def unpack(upload: tuple[str, str]) -> tuple[str, Tensors | UploadRejected]:
         try:
-            stored = _fetch(blobs, upload[1], job.max_upload_bytes)
+            with _fetching(job.max_upload_bytes):
+                stored = blobs.get_into(scratch or Scratch(), GRADIENT, upload[1], limit=job.max_upload_bytes)
             with _judging():
-                return _open(stored, job, limit)
+                return upload[0], reader.read(_open(stored, job, limit))
         except UploadRejected as error:
-            return error
+            return upload[0], error
 
     return pipelined(unpack, job.uploads, job.unpackers)
 
 
-def _open(stored: bytes, job: AggregateJob, limit: int) -> Tensors:
+def _open(stored: Body, job: AggregateJob, limit: int) -> bytes | Body:
     keys = held_keys(job.private_keys, job.key_service)
-    checkpoint = open_update(stored, keys, allow_plaintext=job.allow_plaintext, limit=limit)
-    return read_checkpoint(checkpoint, CheckpointLimits(max_bytes=limit))
+    return open_update(stored, keys, allow_plaintext=job.allow_plaintext, limit=limit)
 
 
 @contextlib.contextmanager
