@@ -24,6 +24,8 @@ import pytest
 
 # Tests leave the user's own cache alone and never profit from it; programs that they start inherit this.
 os.environ["FEDCOMPUTE_CACHE_DIR"] = ""
+# Hundreds of programs are started: what the first one compiles, the others load.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 _START_SECONDS = 60
 # Nothing of it is worth a write to the disk; other tests want the memory.
@@ -69,6 +71,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, one in enumerate(_LONGEST_FIRST) if name.startswith(one)), len(_LONGEST_FIRST))
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_authority(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every HTTP client reads all certificate authorities when it is made: here one, as none vouches for loopback."""
+    from certifi import contents
+
+    file = tmp_path_factory.mktemp("authority") / "authority.pem"
+    file.write_text("".join(contents().partition("-----END CERTIFICATE-----\n")[:2]))
+    os.environ["SSL_CERT_FILE"] = str(file)
+    os.environ.pop("SSL_CERT_DIR", None)
 
 
 class PostgreSQL:

@@ -30,7 +30,18 @@ MODULES_WITH_TENSORFLOW = {
     "fleet/simulation/local_training.py",
 }
 # Too slow for the start of a server or a prompt: imported where they are used.
-HEAVY = {"tensorflow", "keras", "dp_accounting", "matplotlib", "sklearn", "h5py", "plotly", "scipy", "opentelemetry"}
+HEAVY = {
+    "tensorflow",
+    "keras",
+    "dp_accounting",
+    "matplotlib",
+    "sklearn",
+    "h5py",
+    "plotly",
+    "scipy",
+    "opentelemetry",
+    "ray",
+}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not path.name.endswith("_pb2.py"))
 
 

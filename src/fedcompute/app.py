@@ -28,7 +28,7 @@ from fedcompute.server.api.measuring import Measuring
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
-from fedcompute.server.executors import Executor, ProcessExecutor
+from fedcompute.server.executors import Executor, open_executor
 from fedcompute.server.listening import listen
 from fedcompute.server.measures import Measures
 from fedcompute.server.recorder import Recorder
@@ -44,7 +44,7 @@ from fedcompute.server.security.operator_secret import open_sealer
 from fedcompute.server.security.operators import warn_if_locked
 from fedcompute.server.security.public_keys import PublicKeyList
 from fedcompute.server.security.rates import rates_of
-from fedcompute.server.settings import Settings
+from fedcompute.server.settings import PROCESSES, Settings
 from fedcompute.server.state_gauges import StateGauges
 from fedcompute.server.tls import Certificate
 from fedcompute.server.web_server import WebServer
@@ -70,12 +70,12 @@ def create_app(settings: Settings, executor: Executor | None = None) -> Starlett
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(_tell)
         try:
+            workers = executor or _executor(settings)
             claim, database = await run_in_threadpool(_open_database, settings)
         except FedComputeError as error:
             app.state.start_error = error
             raise
         stop_tracing = start_tracing(None, SERVER)
-        workers = executor or ProcessExecutor(settings.worker_count)
         recorder = Recorder(database, measures)
         database.observe = measures.transaction
         try:
@@ -194,6 +194,13 @@ def server(settings: Settings, executor: Executor | None = None) -> WebServer:
     if settings.tls_certificate is None or settings.tls_key is None:
         return WebServer(config)
     return WebServer(config, Certificate(settings.tls_certificate, settings.tls_key))
+
+
+def _executor(settings: Settings) -> Executor:
+    if not settings.runs_engine:
+        # It gets no job, and so starts nothing; Ray need not be installed here.
+        return open_executor(PROCESSES, None, 1)
+    return open_executor(settings.executor, settings.ray_address, settings.most_workers)
 
 
 def _open_database(settings: Settings) -> tuple[Claim | None, Database]:

@@ -92,6 +92,7 @@ class Reason(StrEnum):
     # Operation
     STORAGE_FAILED = "storage_failed"
     KEY_SERVICE_FAILED = "key_service_failed"
+    CLUSTER_UNREACHABLE = "cluster_unreachable"
     KEYS_HELD_ELSEWHERE = "keys_held_elsewhere"
     BACKUP_DAMAGED = "backup_damaged"
     BACKUP_FOREIGN = "backup_foreign"
@@ -208,6 +209,9 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.STORAGE_FAILED: Entry(500, "check the storage's space, rights and connection"),
     Reason.KEY_SERVICE_FAILED: Entry(
         503, "check the key coordinators, the identity tokens and the key management service; what needs them waits"
+    ),
+    Reason.CLUSTER_UNREACHABLE: Entry(
+        503, "check that the Ray cluster runs, and `ray status` on this machine; jobs wait until it answers"
     ),
     Reason.BACKUP_DAMAGED: Entry(400, "restore from another copy of the backup"),
     Reason.BACKUP_FOREIGN: Entry(400, "restore it with the release that made it"),

@@ -4,6 +4,7 @@ import gzip
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -16,6 +17,8 @@ from fedcompute.builder.service import ServiceSettings, create_service
 from fedcompute.builder.task_management import PROTOBUF
 from fedcompute.learning.plans import read_plan
 from fedcompute.protos import plan_pb2, task_builder_pb2, task_pb2
+from fedcompute.server.executors import ProcessExecutor
+from fedcompute.server.job_data import decode_data, encode_data, name_of, named
 from fedcompute.tensors.checkpoint import read_checkpoint
 
 Flags = task_builder_pb2.ExperimentFlags
@@ -361,6 +364,34 @@ def test_a_build_that_takes_too_long_is_ended(serve, request_of):
         response = send(request_of(), url)
     assert response.error_info.error_type == ErrorType.ARTIFACT_BUILDING_ERROR
     assert "more than 0.2 seconds" in response.error_info.error_message
+
+
+def test_builds_that_go_to_an_executor_come_back_whole_and_those_that_take_too_long_end(
+    serve, service, task_management, request_of, builder
+):
+    workshop = ProcessExecutor(1)
+    # What another machine would be sent, and send back, is sent as bytes there.
+    travelled = []
+
+    def submit(job, order):
+        travelled.append(decode_data(encode_data(order)))
+        return workshop.submit(named(name_of(job)), travelled[-1])
+
+    try:
+        here, objects = send(request_of(), builder), task_management.objects
+        task_management.forget()
+        settings = ServiceSettings(task_management_url=service[0].url)
+        with serve(create_service(settings, submit)) as url:
+            elsewhere = send(request_of(), url)
+        assert elsewhere.task_group.training_task.task_id == 1
+        assert elsewhere.task_report == here.task_report
+        assert task_management.objects.keys() == objects.keys()
+        assert len(travelled) == 1
+        with serve(create_service(replace(settings, build_timeout=0.2), submit)) as url:
+            late = send(request_of(Flags(lower_ops="never")), url)
+        assert "more than 0.2 seconds" in late.error_info.error_message
+    finally:
+        workshop.close()
 
 
 def test_the_service_process_never_loads_tensorflow():

@@ -1,5 +1,6 @@
 """Programs as people run them, a real server on loopback, and a small real model."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcompute.cli import app
+from fedcompute.server import executors
 from fedcompute.server.listening import listen
 from fedcompute.server.settings import Settings
 
@@ -35,14 +38,30 @@ differential_privacy { type: FIXED_GAUSSIAN noise_multiplier: 5 clip_norm: 1 est
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fedcompute():
-    """Returns run(*arguments) -> result of the `fedcompute` program in this process."""
+    """Returns run(*arguments, env=None) -> result of the `fedcompute` program in this process."""
 
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    def run(*arguments, env=None):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def workshop():
+    """A worker process for every build of `build`: it loads TensorFlow, which takes longer than a build, once."""
+    made = executors.ProcessExecutor(1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def build(fedcompute, workshop, monkeypatch):
+    """Returns run(*arguments, env=None) -> result of `fedcompute task build` in this process and the kept worker."""
+    kept = SimpleNamespace(submit=workshop.submit, close=lambda: None)
+    monkeypatch.setattr(executors, "ProcessExecutor", lambda workers: kept)
+    return partial(fedcompute, "task", "build")
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +77,9 @@ def program():
     return run
 
 
-@pytest.fixture
-def start():
-    """Returns start(name, *arguments, env=None) -> a running program, interrupted at the end of the test."""
+@contextlib.contextmanager
+def programs():
+    """Gives start(name, *arguments, env=None) -> a running program, interrupted at the end of the block."""
     started = []
 
     def run(name, *arguments, env=None):
@@ -71,11 +90,27 @@ def start():
         started.append(process)
         return process
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+    try:
+        yield run
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            process.communicate(timeout=30)
+
+
+@pytest.fixture
+def start():
+    """Programs that run until the end of the test."""
+    with programs() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def start_once():
+    """Programs that run until the last test of the file."""
+    with programs() as run:
+        yield run
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from fedcompute.crypto.envelope import gzip_bytes, seal_update
 from fedcompute.crypto.keys import parse_public_keys
 from fedcompute.learning.specification import evaluation_process, initial_state, training_process
 from fedcompute.protos import learning_pb2, plan_pb2, task_assignments_pb2, task_pb2
+from fedcompute.server.executors import ProcessExecutor
 from fedcompute.server.settings import RetryWindow, Settings
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
 from fedcompute.tensors.tree import LeafSpec
@@ -204,8 +205,7 @@ def settings_of(data_dir, **changes) -> Settings:
     return Settings(
         data_dir=data_dir,
         port=free_port(),
-        workers=1,
-        **{"retry_no_task": FAST, "retry_no_active_task": FAST, **changes},
+        **{"workers": 1, "retry_no_task": FAST, "retry_no_active_task": FAST, **changes},
     )
 
 
@@ -231,20 +231,59 @@ class Running:
         assert not self._thread.is_alive()
 
 
+class SharedWorker:
+    """An executor of one server whose worker process goes on to work for the next one.
+
+    A server's own takes longer to start than the jobs of most tests.
+    """
+
+    capacity = 2
+
+    def __init__(self, pool) -> None:
+        self._pool = pool
+        self._outcomes = []
+
+    def submit(self, job, argument):
+        self._outcomes.append(self._pool.submit(job, argument))
+        return self._outcomes[-1]
+
+    def warm_up(self) -> None:
+        pass
+
+    def close(self) -> None:
+        for one in self._outcomes:
+            one.cancel()
+
+
+@pytest.fixture(scope="session")
+def shared_worker():
+    """Returns make() -> an executor for one server."""
+    pool = ProcessExecutor(1)
+    yield lambda: SharedWorker(pool)
+    pool.close()
+
+
 @pytest.fixture(scope="module")
-def api(tmp_path_factory):
+def api(tmp_path_factory, shared_worker):
     """One server for a whole test file; every test takes a population of its own."""
-    running = Running(settings_of(tmp_path_factory.mktemp("data")))
+    running = Running(settings_of(tmp_path_factory.mktemp("data")), shared_worker())
     yield running.api
     running.stop()
 
 
 @pytest.fixture
-def run_server(tmp_path):
-    """Starts servers with settings of the test's choice; all stop at its end."""
+def run_server(tmp_path, shared_worker):
+    """Starts servers with settings of the test's choice; all stop at its end.
+
+    A server has a worker process of its own where the test says how many, or names a kind of executor.
+    """
     started = []
 
     def run(executor=None, **changes):
+        if isinstance(executor, str):
+            executor, changes["executor"] = None, executor
+        elif executor is None and "workers" not in changes:
+            executor = shared_worker()
         started.append(Running(settings_of(changes.pop("data_dir", tmp_path / "data"), **changes), executor))
         return started[-1]
 
@@ -254,12 +293,12 @@ def run_server(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def start_server():
+def start_server(shared_worker):
     """Starts servers on a data directory of the test's choice; all stop at the end of the test file."""
     started = []
 
     def start(data_dir, **changes):
-        started.append(Running(settings_of(data_dir, **changes)))
+        started.append(Running(settings_of(data_dir, **changes), shared_worker()))
         return started[-1]
 
     yield start
@@ -280,6 +319,7 @@ class HandMade:
     client_plan = staticmethod(client_plan)
     update_of = staticmethod(update_of)
     settings_of = staticmethod(settings_of)
+    api_of = Api
     initial = INITIAL
     rate = RATE
 

@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
@@ -31,7 +30,7 @@ from fedcompute.builder.model_sources import fingerprint
 from fedcompute.builder.task_management import PROTOBUF, link_warning, register_group
 from fedcompute.builder.tasks import artifact_only_task
 from fedcompute.builder.validation import DEFAULT_POPULATION
-from fedcompute.builder.worker import BuildJob, BuildOutcome, error_info, prepare_worker, run_build
+from fedcompute.builder.worker import BuildJob, BuildOrder, BuildOutcome, BuildProcess, build_elsewhere, error_info
 from fedcompute.errors import BuildFailed, ConfigInvalid, FedComputeError, Reason
 from fedcompute.protos import task_builder_pb2
 
@@ -40,6 +39,9 @@ logger = logging.getLogger(__name__)
 _Mode = task_builder_pb2.TaskMode
 _ErrorType = task_builder_pb2.ErrorType
 _LONGEST_NAME = 64  # in a trace
+
+# Runs a function of plain data somewhere else.
+Submit = Callable[[Callable[[Any], Any], Any], "Future[Any]"]
 
 
 @dataclass(frozen=True)
@@ -70,61 +72,45 @@ class ServiceSettings:
 
 
 class BuildWorker:
-    """One spawned process that builds; a build that hangs or kills it costs that build and a restart."""
+    """Builds in one process of this machine, one after the other, or wherever `submit` takes jobs."""
 
-    def __init__(self, memory_bytes: int) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._turn = asyncio.Lock()
+    def __init__(self, memory_bytes: int, submit: Submit | None = None) -> None:
+        self._process = BuildProcess(memory_bytes)
         self._memory_bytes = memory_bytes
+        self._submit = submit
+        self._turn = asyncio.Lock()
         self._cache = BuildCache()
 
     async def build(self, job: BuildJob, timeout: float) -> BuildOutcome:
-        """Runs a build when those before it are done, or answers with an equal one that succeeded before.
+        """Runs a build when it is its turn, or answers with an equal one that succeeded before.
 
         Raises BuildFailed if it outlives `timeout` seconds or its process dies.
         """
-        async with self._turn:
+        async with self._turn if self._submit is None else contextlib.nullcontext():
             key = await run_in_threadpool(_key, job)
             if key is not None and (known := await run_in_threadpool(self._cache.get, key)) is not None:
                 logger.info("This model and configuration were built before.")
                 return BuildOutcome(known.report, group=known)
             outcome = await self._run(job, timeout)
-            if outcome.worn:
-                self.close()
             # A model that changed meanwhile must not be kept under the old one's name.
             if key is not None and outcome.group is not None and key == await run_in_threadpool(_key, job):
                 self._cache.put(key, outcome.group)
             return outcome
 
     async def _run(self, job: BuildJob, timeout: float) -> BuildOutcome:
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                1, mp_context=context, initializer=prepare_worker, initargs=(self._memory_bytes,)
-            )
-        try:
-            future = asyncio.wrap_future(self._pool.submit(run_build, job))
-            return await asyncio.wait_for(future, timeout)
-        except TimeoutError:
-            self.close()
-            raise BuildFailed(Reason.BUILD_FAILED, f"the build took more than {timeout:g} seconds") from None
-        except BrokenProcessPool:
-            self.close()
-            text = f"the build ended its process, which may hold {self._memory_bytes >> 20} MiB"
-            raise BuildFailed(Reason.BUILD_FAILED, text) from None
-        except asyncio.CancelledError:
-            self.close()
-            raise
+        if self._submit is not None:
+            order = BuildOrder(job, timeout, self._memory_bytes)
+            built: BuildOutcome = await asyncio.wrap_future(self._submit(build_elsewhere, order))
+            return built
+        with self._process.ending(timeout):
+            outcome = await asyncio.wait_for(asyncio.wrap_future(self._process.start(job)), timeout)
+        if outcome.worn:
+            self._process.close()
+        return outcome
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
-        if self._pool is None:
-            return
-        processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.kill()
-        self._pool = None
+        self._process.close()
 
 
 def _key(job: BuildJob) -> bytes | None:
@@ -134,13 +120,16 @@ def _key(job: BuildJob) -> bytes | None:
     return None if model is None else build_key(model, job.request, settings)
 
 
-def create_service(settings: ServiceSettings) -> Starlette:
-    """The ASGI application with its routes."""
+def create_service(settings: ServiceSettings, submit: Submit | None = None) -> Starlette:
+    """The ASGI application with its routes.
+
+    `submit`: where builds run, an executor's; None is a process of this machine.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.settings = settings
-        app.state.worker = BuildWorker(settings.build_memory)
+        app.state.worker = BuildWorker(settings.build_memory, submit)
         app.state.measures = BuildMeasures()
         try:
             yield

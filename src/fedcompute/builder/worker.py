@@ -1,4 +1,4 @@
-"""One build request from bytes to a result, in the worker process that may load TensorFlow and hostile models."""
+"""One build request from bytes to a result, in a process of its own that may load TensorFlow and hostile models."""
 
 import logging
 import multiprocessing
@@ -7,7 +7,12 @@ import resource
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -49,6 +54,82 @@ class BuildOutcome:
     error: task_builder_pb2.ErrorInfo | None = None
     worn: bool = False
     spans: tuple[Finished, ...] = ()
+
+
+class BuildProcess:
+    """One spawned process that builds; a build that hangs or kills it costs that build and a restart.
+
+    It may hold `memory_bytes` of its own data.
+    """
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+        self._memory_bytes = memory_bytes
+
+    def start(self, job: BuildJob) -> "Future[BuildOutcome]":
+        """Begins a build, behind those that are under way."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                1, mp_context=context, initializer=prepare_worker, initargs=(self._memory_bytes,)
+            )
+        return self._pool.submit(run_build, job)
+
+    @contextmanager
+    def ending(self, timeout: float) -> Iterator[None]:
+        """Around the wait for a build; ends the process with a wait that fails.
+
+        Raises BuildFailed if the wait outlives `timeout` seconds or the process dies.
+        """
+        try:
+            yield
+        except TimeoutError:
+            self.close()
+            raise BuildFailed(Reason.BUILD_FAILED, f"the build took more than {timeout:g} seconds") from None
+        except BrokenProcessPool:
+            self.close()
+            text = f"the build ended its process, which may hold {self._memory_bytes >> 20} MiB"
+            raise BuildFailed(Reason.BUILD_FAILED, text) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._pool is None:
+            return
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        self._pool = None
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    """A build for another machine: at most `timeout` seconds in a process that may hold `memory_bytes`."""
+
+    job: BuildJob
+    timeout: float
+    memory_bytes: int
+
+
+@cache
+def _process_here(memory_bytes: int) -> BuildProcess:
+    return BuildProcess(memory_bytes)
+
+
+def build_elsewhere(order: BuildOrder) -> BuildOutcome:
+    """A job: builds in a process below this one, which the next build finds warm; every failure is in the outcome."""
+    process = _process_here(order.memory_bytes)
+    try:
+        with process.ending(order.timeout):
+            outcome = process.start(order.job).result(order.timeout)
+    except BuildFailed as error:
+        return BuildOutcome(task_builder_pb2.TaskReport(), error=error_info(error))
+    if outcome.worn:
+        process.close()
+    return outcome
 
 
 def prepare_worker(memory_bytes: int) -> None:

@@ -2,13 +2,21 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.options import Workers
 from fedcompute.cli.progress import DeviceLine
+
+if TYPE_CHECKING:
+    from fedcompute.fleet.processes import Fleet
+    from fedcompute.fleet.settings import FleetSettings
+    from fedcompute.fleet.spread import SpreadFleet
 
 fleet = typer.Typer(no_args_is_help=True, help="Run many simulated devices against a server.")
 
@@ -34,12 +42,22 @@ def run(
             help="File of `fedcompute enrolment create` with a line for each device, for a server that asks for proof."
         ),
     ] = None,
+    executor: Annotated[
+        Workers, typer.Option(help="Where the worker processes are: on this machine, or spread over a Ray cluster.")
+    ] = Workers.PROCESSES,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="Head of the cluster, or auto for the one that this machine is part of; its nodes reach --server, "
+            "--data and this machine. Default: a Ray of this machine alone.",
+        ),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long; default: until Ctrl-C.")] = None,
     log: Annotated[Path, typer.Option(help="File for what the devices complain about.")] = Path("fleet.log"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run devices that check in, train on handwriting and upload, over real HTTP, until stopped."""
-    from fedcompute.fleet.processes import Fleet
     from fedcompute.fleet.settings import FleetSettings, read_fleet_enrolments
 
     settings = FleetSettings(
@@ -55,7 +73,7 @@ def run(
     read_fleet_enrolments(settings)
     start = time.monotonic()
     before = _size(log)  # the devices append
-    with Fleet(settings, log) as running:
+    with _fleet(settings, log, executor, ray_address) as running:
         try:
             with DeviceLine() as line:
                 while seconds is None or time.monotonic() - start < seconds:
@@ -73,6 +91,26 @@ def run(
         typer.echo(f"  {outcome:24} {count}")
     if _size(log) > before:
         typer.echo(f"what devices complained about: {log}")
+
+
+@contextmanager
+def _fleet(
+    settings: "FleetSettings", log: Path, executor: Workers, ray_address: str | None
+) -> "Iterator[Fleet | SpreadFleet]":
+    from fedcompute.fleet.processes import Fleet
+
+    if executor is Workers.PROCESSES and ray_address is None:
+        with Fleet(settings, log) as fleet:
+            yield fleet
+        return
+    from fedcompute.fleet.spread import SpreadFleet, own_address
+    from fedcompute.server.executors import open_executor
+
+    with (
+        closing(open_executor(executor.value, ray_address, settings.processes)) as workers,
+        SpreadFleet(settings, log, workers, own_address(ray_address)) as spread,
+    ):
+        yield spread
 
 
 def _size(file: Path) -> int:

@@ -1,5 +1,6 @@
 """Options that several commands share, so that they are named and explained alike."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,3 +21,10 @@ ApiKeyFile = Annotated[
         show_default="the variable FEDCOMPUTE_API_KEY",
     ),
 ]
+
+
+class Workers(StrEnum):
+    """Where workers are, as the command line says it."""
+
+    PROCESSES = "processes"
+    RAY = "ray"

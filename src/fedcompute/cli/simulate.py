@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedcompute.cli import options
+from fedcompute.cli.options import Workers
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.models.quiet import quiet_tensorflow
 
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
 _TRAINING, _EVALUATION = "server/client_work/train/", "server/eval/"
 _RESULT = "simulation.json"
-
-
-class Workers(StrEnum):
-    """Where workers are, as the command line says it."""
-
-    PROCESSES = "processes"
-    RAY = "ray"
 
 
 def simulate(

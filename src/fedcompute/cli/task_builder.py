@@ -1,7 +1,9 @@
 """The `task_builder` program: the task builder as an HTTP service."""
 
 import os
+from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -10,6 +12,9 @@ from fedcompute.cli.flags import define_tracing, run, tracing_url
 from fedcompute.cli.server import serve
 from fedcompute.errors import OperationFailed, Reason
 from fedcompute.server.listening import listen
+
+if TYPE_CHECKING:
+    from fedcompute.server.executors import Executor
 
 USAGE = """
 Builds federated learning tasks over HTTP and registers them with a federated compute server.
@@ -78,6 +83,21 @@ def _define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("build_timeout", 540, "Seconds that one build may take.", 1, flag_values=values)
     flags.DEFINE_integer("build_memory", 8192, "MiB of data that the build process may hold.", 1, flag_values=values)
+    flags.DEFINE_enum(
+        "executor",
+        "processes",
+        ["processes", "ray"],
+        "Where builds run: in a process of this machine, one after the other, or on a Ray cluster.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "ray_address",
+        None,
+        "HOST:PORT of the Ray cluster's head, or auto for the one that this machine is part of; its nodes see the "
+        "models that requests name by a path. By default a Ray of this machine alone.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("builds", 1, "Builds at a time on a Ray cluster; 0: one for each CPU.", 0, flag_values=values)
     define_tracing(values)
     for name in _SKIP_FLAGS:
         flags.DEFINE_boolean(f"allow_{name}", True, f"Let requests set {name}.", flag_values=values)
@@ -122,16 +142,31 @@ def _serve(values: flags.FlagValues) -> int:
 
     listener = listen(values["host"].value, values["port"].value)
     host, port = listener.getsockname()[:2]
+    executor = _executor(values)
     config = uvicorn.Config(
-        create_service(settings), http="h11", log_config=None, access_log=False, server_header=False, lifespan="on"
+        create_service(settings, None if executor is None else executor.submit),
+        http="h11",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
     )
-    with traced(tracing_url(values), TASK_BUILDER):
+    with traced(tracing_url(values), TASK_BUILDER), nullcontext() if executor is None else closing(executor):
         serve(
             uvicorn.Server(config),
             [listener],
             f"task builder listening on http://{host}:{port}\n  tasks go to     {tasks_url}\n  stop with       Ctrl-C",
         )
     return 0
+
+
+def _executor(values: flags.FlagValues) -> "Executor | None":
+    kind, address = values["executor"].value, values["ray_address"].value
+    if kind == "processes" and address is None:
+        return None
+    from fedcompute.server.executors import open_executor
+
+    return open_executor(kind, address, values["builds"].value)
 
 
 def _read_ops(path: str | None) -> str | None:

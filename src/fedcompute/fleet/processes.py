@@ -33,6 +33,24 @@ class FleetProgress:
     outcomes: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     contributions: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def of(cls, devices: int) -> "FleetProgress":
+        """Nothing yet: every device is about to start."""
+        return cls(states=dict.fromkeys(range(devices), "starting"))
+
+    def take(self, report: dict[str, Any]) -> None:
+        """Adds what a device says of itself."""
+        with self._lock:
+            if "state" in report:
+                self.states[int(report["device"])] = str(report["state"])
+            if "outcome" in report:
+                self.outcomes[str(report["outcome"])] += 1
+                if report["outcome"] == "contributed":
+                    self.contributions += 1
+                    for phase, seconds in report["seconds"].items():
+                        self.seconds[phase] = self.seconds.get(phase, 0.0) + float(seconds)
 
     def by_state(self) -> Counter[str]:
         """How many devices are in each state."""
@@ -44,11 +62,10 @@ class Fleet:
 
     def __init__(self, settings: FleetSettings, log: Path) -> None:
         self.settings = settings
-        self.progress = FleetProgress(states=dict.fromkeys(range(settings.devices), "starting"))
+        self.progress = FleetProgress.of(settings.devices)
         self._log = log
         self._workers: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
-        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         try:
@@ -116,19 +133,12 @@ class Fleet:
         return worker
 
     def _read(self, worker: "subprocess.Popen[str]") -> None:
-        for report in _reports(worker.stdout):
-            with self._lock:
-                if "state" in report:
-                    self.progress.states[int(report["device"])] = str(report["state"])
-                if "outcome" in report:
-                    self.progress.outcomes[str(report["outcome"])] += 1
-                    if report["outcome"] == "contributed":
-                        self.progress.contributions += 1
-                        for phase, seconds in report["seconds"].items():
-                            self.progress.seconds[phase] = self.progress.seconds.get(phase, 0.0) + float(seconds)
+        for report in reports(worker.stdout):
+            self.progress.take(report)
 
 
-def _reports(lines: IO[str] | None) -> Iterator[dict[str, Any]]:
+def reports(lines: IO[str] | None) -> Iterator[dict[str, Any]]:
+    """The JSON objects in lines of text; lines that are none are left out."""
     for line in lines or ():
         with contextlib.suppress(ValueError):
             report = json.loads(line)

@@ -1,4 +1,4 @@
-"""Where heavy jobs run: a pool of worker processes on this machine.
+"""Where heavy jobs run: a pool of worker processes on this machine, or the nodes of a Ray cluster (`ray_executor`).
 
 Jobs are module-level functions of plain data, blobs in and blobs out, so that one may run twice without harm.
 """
@@ -22,21 +22,22 @@ from typing import Any, Protocol
 from fedcompute import tracing
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.logs import Logs, bound, configure_logging, current_logs, facts
+from fedcompute.server.settings import PROCESSES, RAY, RAY_ADDRESS
 
 _LOG = logging.getLogger(__name__)
 # How long idle workers have to leave by themselves.
 _LEAVE_SECONDS = 1.0
-# A job that kills its process this often is given up.
-_LIVES = 3
+# A job that loses its process this often is given up.
+LIVES = 3
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
     """An exception as text: one that does not survive the way between processes would end the pool."""
 
     reason: Reason
     detail: str
-    trace: str
+    trace: str = ""  # of an error that nobody expected
     remedy: str | None = None
 
 
@@ -61,6 +62,22 @@ class Executor(Protocol):
         """Drops queued jobs, waits for none, and leaves no process behind."""
 
 
+def open_executor(kind: str, ray_address: str | None, workers: int) -> Executor:
+    """Worker processes here (`kind` "processes"), or those of a Ray cluster ("ray").
+
+    `ray_address`: HOST:PORT of the cluster's head, "auto" for the cluster that this machine is part of, None for one
+    that starts here and ends with the executor. `workers`: how many jobs may run at a time; on Ray 0 is as many as the
+    cluster has CPUs. Raises OperationFailed(SETTINGS_INVALID) for what this is not, or if Ray is not installed.
+    """
+    if ray_address is not None and not (kind == RAY and RAY_ADDRESS.fullmatch(ray_address)):
+        raise OperationFailed(Reason.SETTINGS_INVALID, "a Ray address is HOST:PORT or auto, and for executor ray")
+    if kind == PROCESSES:
+        return ProcessExecutor(max(1, workers))
+    from fedcompute.server.ray_executor import RayExecutor
+
+    return RayExecutor(ray_address, workers)
+
+
 class ProcessExecutor:
     """A pool of spawned processes that starts with the first job.
 
@@ -79,14 +96,14 @@ class ProcessExecutor:
     def submit(self, job: Callable[[Any], Any], argument: Any) -> Future[Any]:
         """Queues `job(argument)`; see `Executor.submit`."""
         outcome: Future[Any] = Future()
-        job, origin = partial(_with_facts, facts(), job), tracing.origin()
-        self._queue(outcome, job if origin is None else partial(_traced, origin, job), argument, _LIVES)
+        job, origin = partial(with_facts, facts(), job), tracing.origin()
+        self._queue(outcome, job if origin is None else partial(with_spans, origin, job), argument, LIVES)
         return outcome
 
     def warm_up(self) -> None:
         """Starts the worker processes and lets each import what jobs need."""
         for _ in range(self._workers):
-            self.submit(_import_jobs, None)
+            self.submit(import_jobs, None)
 
     @property
     def capacity(self) -> int:
@@ -132,7 +149,7 @@ class ProcessExecutor:
             # A worker that starts inherits this: Ctrl-C must not reach it before it can ignore it.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                inner = pool.submit(_guarded, job, argument)
+                inner = pool.submit(guarded, job, argument)
             except (BrokenProcessPool, RuntimeError, OSError) as error:
                 inner = Future()
                 inner.set_exception(BrokenProcessPool(str(error)))
@@ -161,40 +178,48 @@ class ProcessExecutor:
             # Not in this callback's thread: it belongs to the broken pool, which waits for it.
             self._queue(outcome, job, argument, lives - 1)
             return
-        # A cancelled outcome takes no result; nobody waits for it.
-        with contextlib.suppress(InvalidStateError):
-            if error is not None:
-                outcome.set_exception(OperationFailed(Reason.INTERNAL, f"the job's worker process died: {error}"))
-                return
-            result = done.result()
-            if isinstance(result, tracing.Told):
-                tracing.tell(result.spans, result.origin)
-                result = result.result
-            if isinstance(result, _Failure):
-                if result.reason is Reason.INTERNAL:
-                    _LOG.error("a job failed", extra={"trace": result.trace})
-                outcome.set_exception(OperationFailed(result.reason, result.detail, remedy=result.remedy))
-            else:
-                outcome.set_result(result)
+        if error is not None:
+            settle(outcome, Failure(Reason.INTERNAL, f"the job's worker process died: {error}"))
+        else:
+            settle(outcome, done.result())
 
 
-def _guarded(job: Callable[[Any], Any], argument: Any) -> Any:
+def settle(outcome: Future[Any], result: Any) -> None:
+    """Gives `outcome` what a job gave, or its failure; sends its spans, logs what nobody expected."""
+    if isinstance(result, tracing.Told):
+        tracing.tell(result.spans, result.origin)
+        result = result.result
+    # A cancelled outcome takes no result; nobody waits for it.
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(result, Failure):
+            if result.trace:
+                _LOG.error("a job failed", extra={"trace": result.trace})
+            outcome.set_exception(OperationFailed(result.reason, result.detail, remedy=result.remedy))
+        else:
+            outcome.set_result(result)
+
+
+def guarded(job: Callable[[Any], Any], argument: Any) -> Any:
+    """What the job gives, or a Failure in place of whatever it raises."""
     try:
         return job(argument)
     except FedComputeError as error:
-        return _Failure(error.reason, error.detail, traceback.format_exc(), error.remedy)
+        trace = traceback.format_exc() if error.reason is Reason.INTERNAL else ""
+        return Failure(error.reason, error.detail, trace, error.remedy)
     except Exception as error:
-        return _Failure(Reason.INTERNAL, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return Failure(Reason.INTERNAL, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _with_facts(about: dict[str, str], job: Callable[[Any], Any], argument: Any) -> Any:
+def with_facts(about: dict[str, str], job: Callable[[Any], Any], argument: Any) -> Any:
+    """Runs a job whose lines carry the facts."""
     with bound(about):
         return job(argument)
 
 
-def _traced(origin: tracing.Origin, job: Callable[[Any], Any], argument: Any) -> tracing.Told:
+def with_spans(origin: tracing.Origin, job: Callable[[Any], Any], argument: Any) -> tracing.Told:
+    """Runs a job; its spans come with what it gives, for the place in a trace where it was asked for."""
     with tracing.keep() as spans:
-        result = _guarded(job, argument)
+        result = guarded(job, argument)
     return tracing.Told(result, origin, tuple(spans))
 
 
@@ -216,6 +241,7 @@ def _leave_with_parent(sentinel: int) -> None:
     os._exit(1)
 
 
-def _import_jobs(_: None) -> None:
+def import_jobs(_: None) -> None:
+    """A job that loads what the jobs of rounds need."""
     import fedcompute.server.rounds.aggregate
     import fedcompute.server.rounds.update  # noqa: F401

@@ -4,6 +4,7 @@
 # ruff: noqa: RUF009
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def _default_workers() -> int:
     return max(1, min(4, (os.cpu_count() or 2) - 1))
 
 
+# Where jobs run (`executors.open_executor`).
+PROCESSES = "processes"
+RAY = "ray"
+RAY_ADDRESS = re.compile(r"auto|[\w.-]+:\d{1,5}|\[[0-9a-fA-F:.]+\]:\d{1,5}")
 # Roles: the HTTP APIs; scheduler, collector, aggregator and updater.
 API = "api"
 ENGINE = "engine"
@@ -125,8 +130,24 @@ class Settings:
         choices=(API, ENGINE),
     )
     collector_batch_size: int = setting(50, "Uploads that are aggregated together.", ROLES, above=0)
+    executor: str = setting(
+        PROCESSES,
+        "What aggregates and updates: processes of this machine, or a Ray cluster.",
+        ROLES,
+        choices=(PROCESSES, RAY),
+    )
+    ray_address: str | None = setting(
+        None,
+        "HOST:PORT of the Ray cluster's head, or auto for the one that this machine is part of. Its nodes must reach "
+        "blob_url: an object store, or a directory that all of them share.",
+        ROLES,
+        shown="a Ray of this machine alone",
+    )
     workers: int = setting(
-        0, "Processes that aggregate and update; 0: one less than the CPUs, 1 to 4.", ROLES, minimum=0
+        0,
+        "Processes that aggregate and update; 0: one less than the CPUs, 1 to 4, or one for each CPU of a Ray cluster.",
+        ROLES,
+        minimum=0,
     )
     job_attempts: int = setting(3, "How often a failing job is tried.", ROLES, above=0)
     round_attempts: int = setting(3, "How often a round that expired or failed is tried.", ROLES, above=0)
@@ -297,6 +318,7 @@ class Settings:
             if problem:
                 raise _invalid(one.name, problem)
         self._check_roles()
+        self._check_executor()
         if (self.tls_certificate is None) != (self.tls_key is None):
             missing = "tls_key" if self.tls_key is None else "tls_certificate"
             raise _invalid(missing, "certificate and key are set together or not at all")
@@ -319,6 +341,16 @@ class Settings:
             raise _invalid("roles", f"must name {API}, {ENGINE} or both")
         if not (self.runs_api and self.runs_engine) and self.database.startswith("sqlite:"):
             raise _invalid("roles", "SQLite serves one server with all roles; several share one PostgreSQL database")
+
+    def _check_executor(self) -> None:
+        if self.ray_address is None:
+            return
+        if self.executor != RAY:
+            raise _invalid("ray_address", f"is for executor {RAY}")
+        if not RAY_ADDRESS.fullmatch(self.ray_address):
+            raise _invalid("ray_address", "needs HOST:PORT or auto")
+        if self.blob_url is None:
+            raise _invalid("blob_url", "the nodes of a Ray cluster need an object store or a directory that all share")
 
     def _check_authentication(self) -> None:
         service = self.attestation_service_url
@@ -397,8 +429,13 @@ class Settings:
 
     @property
     def worker_count(self) -> int:
-        """Number of worker processes."""
+        """Number of worker processes on this machine."""
         return self.workers or _default_workers()
+
+    @property
+    def most_workers(self) -> int:
+        """How many jobs may run at a time; 0: one on each CPU of the Ray cluster."""
+        return self.worker_count if self.ray_address is None else self.workers
 
 
 def _window_fault(window: RetryWindow) -> str | None:

@@ -12,6 +12,7 @@ from fedcompute.server.rounds.aggregate import AggregateJob, AggregateResult, ag
 from fedcompute.server.rounds.attempts import batch_failed
 from fedcompute.server.rounds.jobs import Outcome
 from fedcompute.server.security.key_service import key_service_of
+from fedcompute.server.settings import RAY
 from fedcompute.storage.assignments import (
     assignments_of_batch,
     mark_uploaded,
@@ -206,6 +207,8 @@ def _fixed_denominator(context: Context, iteration: IterationRow) -> bool:
 
 def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> AggregateJob:
     settings, task = context.settings, iteration.key.task
+    # There every CPU has a worker.
+    on_ray = settings.executor == RAY
     with context.database.read() as tx:
         members: Sequence[str] = [
             row.key.session_id
@@ -228,7 +231,7 @@ def _job(context: Context, iteration: IterationRow, batch: BatchRow) -> Aggregat
         key_service=service,
         seal_sum=settings.seals_aggregates,
         seal_to=PublicKey(own[0].id, own[0].public_key) if own else None,
-        unpackers=1 if service is not None else max(1, (os.cpu_count() or 1) // settings.worker_count),
+        unpackers=1 if service is not None or on_ray else max(1, (os.cpu_count() or 1) // settings.worker_count),
     )
 
 

@@ -16,7 +16,7 @@ from fedcompute.storage.keys import BatchKey, IterationKey, TaskKey
 _LOG = logging.getLogger(__name__)
 _LONGEST_WAIT = 10.0
 # What comes back by itself or by an operator's hand, and is waited for.
-_OUTAGES = (Reason.STORAGE_FAILED, Reason.KEY_SERVICE_FAILED)
+_OUTAGES = (Reason.STORAGE_FAILED, Reason.KEY_SERVICE_FAILED, Reason.CLUSTER_UNREACHABLE)
 _LONGEST_POWER = 10
 _KINDS = {"batch": "aggregate", "iteration": "update", "ahead": "look_ahead", "broadcast": "broadcast"}
 
@@ -73,8 +73,8 @@ class Sizes(NamedTuple):
 class Jobs:
     """Runs at most one job per key at a time and repeats those that fail, a little later each time.
 
-    Storage or a key service that fails is waited for, however long: a full disk must not cost a task. Other errors are
-    given up after `attempts`. A job that waits takes no worker's place, and any engine may try it.
+    Storage, a key service or a cluster that fails is waited for, however long: a full disk must not cost a task. Other
+    errors are given up after `attempts`. A job that waits takes no worker's place, and any engine may try it.
 
     Nothing here outlives the process: after a restart the database says which jobs are missing, and `poll` starts
     them again. An engine that shares its database takes no more at a time than its workers can do soon. For one thread,
