@@ -13,18 +13,8 @@ TASK = ["--population", "digits", "--task-id", 1]
 @pytest.fixture(scope="module")
 def built(program, server, model):
     """The tasks that `fedcompute task build --json` made on the module's server."""
-    result = program(
-        "fedcompute",
-        "task",
-        "build",
-        "--model",
-        model.saved,
-        "--config",
-        model.config,
-        "--server",
-        server.url,
-        "--json",
-    )
+    arguments = ["--model", model.saved, "--config", model.config, "--server", server.url, "--json"]
+    result = program("fedcompute", "task", "build", *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     return json.loads(result.stdout)
@@ -65,29 +55,32 @@ def test_a_population_without_tasks_lists_as_empty(fedcompute, server):
     assert "no tasks" in fedcompute("task", "list", "--server", server.url, "--population", "x").output
 
 
-def test_a_second_build_says_that_the_population_is_taken(opened, program, server, model):
-    arguments = ["--model", model.saved, "--config", model.config, "--server", server.url]
-    result = program("fedcompute", "task", "build", *arguments)
-    assert result.returncode == 1
+def test_a_second_build_says_that_the_population_is_taken(opened, build, server, model):
+    result = build("--model", model.saved, "--config", model.config, "--server", server.url)
+    assert result.exit_code == 1
     assert "active training task 1" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit)
 
 
-def test_a_dry_run_and_another_population_create_nothing_here(opened, program, server, model, tmp_path):
+def test_a_dry_run_and_another_population_create_nothing_here(opened, build, model, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "model"), "zip", model.saved)
-    arguments = [
-        "--model",
-        archive,
-        "--config",
-        model.config,
-        "--server",
-        "http://localhost:1",
-        "--population",
-        "other",
-    ]
-    result = program("fedcompute", "task", "build", *arguments, "--dry-run")
-    assert result.returncode == 0, result.stderr
+    elsewhere = ["--server", "http://localhost:1", "--population", "other"]
+    result = build("--model", archive, "--config", model.config, *elsewhere, "--dry-run")
+    assert result.exit_code == 0, result.stderr
     assert "would be created: population other, 3 rounds of 2 devices" in result.stdout
+
+
+def test_a_build_takes_its_configuration_from_the_model_s_archive(fedcompute, build, model, tmp_path):
+    shutil.copytree(model.saved, tmp_path / "bundle" / "saved_model")
+    shutil.copy(model.config, tmp_path / "bundle")
+    archive = shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path / "bundle")
+    assert "is valid: TRAINING_AND_EVAL for population digits" in fedcompute("task", "validate", archive).stdout
+    result = build("--model", archive, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "would be created: population digits" in result.stdout
+    without = build("--model", model.saved, "--dry-run")
+    assert without.exit_code == 1
+    assert "no task configuration is given" in without.stderr
 
 
 def test_a_released_checkpoint_comes_back_into_a_keras_file(opened, fedcompute, server, model, tmp_path):
@@ -171,21 +164,20 @@ def test_a_server_s_metrics_that_do_not_exist_yet_are_a_typed_error(opened, fedc
         ("population_name: 'x'", "report_goal"),
     ],
 )
-def test_a_config_that_is_wrong_names_the_place_before_any_build(program, model, tmp_path, text, words):
+def test_a_config_that_is_wrong_names_the_place_before_any_build(build, model, tmp_path, text, words):
     config = tmp_path / "config.pbtxt"
     config.write_text(text)
-    result = program("fedcompute", "task", "build", "--model", model.saved, "--config", config, "--dry-run")
-    assert result.returncode == 1
+    result = build("--model", model.saved, "--config", config, "--dry-run")
+    assert result.exit_code == 1
     assert words in result.stderr
-    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit)
 
 
-def test_a_model_that_is_none_is_refused(program, model, tmp_path):
+def test_a_model_that_is_none_is_refused(build, model, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
-        arguments = ["--model", tmp_path / name, "--config", model.config, "--dry-run"]
-        result = program("fedcompute", "task", "build", *arguments)
-        assert result.returncode == 1
+        result = build("--model", tmp_path / name, "--config", model.config, "--dry-run")
+        assert result.exit_code == 1
         assert "saved_model_invalid" in result.stderr
 
 

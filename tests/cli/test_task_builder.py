@@ -14,10 +14,10 @@ CLIENT = "task_builder_client"
 LOG_LINE = re.compile(r"^I\d{4} \d{2}:\d{2}:\d{2}\.\d{6} +\d+ \w+\.py:\d+\] (.*)$", re.MULTILINE)
 
 
-@pytest.fixture
-def builder(start, server):
+@pytest.fixture(scope="module")
+def builder(start_once, server):
     """The base URL of a task builder that registers with the module's server."""
-    process = start("task_builder", "--port=0", env={"TASK_MANAGEMENT_SERVER_URL": server.url})
+    process = start_once("task_builder", "--port=0", env={"TASK_MANAGEMENT_SERVER_URL": server.url})
     url = process.stdout.readline().split()[-1]
     assert server.url in process.stdout.readline()
     return url

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 
@@ -100,19 +99,6 @@ def test_validate_runs_the_privacy_check_unless_told_not_to(fedcompute, file):
     assert "the target is 10" in refused.stdout
     assert "remedy: set noise_multiplier to" in refused.stdout
     assert fedcompute("task", "validate", file, "--skip-dp-check").exit_code == 0
-
-
-def test_a_build_takes_its_configuration_from_the_model_s_archive(fedcompute, program, model, tmp_path):
-    shutil.copytree(model.saved, tmp_path / "bundle" / "saved_model")
-    shutil.copy(model.config, tmp_path / "bundle")
-    archive = shutil.make_archive(str(tmp_path / "bundle"), "zip", tmp_path / "bundle")
-    assert "is valid: TRAINING_AND_EVAL for population digits" in fedcompute("task", "validate", archive).stdout
-    result = program("fedcompute", "task", "build", "--model", archive, "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert "would be created: population digits" in result.stdout
-    without = program("fedcompute", "task", "build", "--model", model.saved, "--dry-run")
-    assert without.returncode == 1
-    assert "no task configuration is given" in without.stderr
 
 
 def test_validate_of_a_missing_file_is_a_readable_error(fedcompute, file):

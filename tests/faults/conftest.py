@@ -38,16 +38,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def process_of():
-    """A tree of noise that outlives its round: more state than any other kind has."""
+def process_of(aggregator):
     return training_process(
         algorithm=learning_pb2.LearningProcess.FED_AVG,
         trainable=(LeafSpec("kernel", (3, 2), np.dtype(np.float32)),),
         non_trainable=(),
         server_optimizer=learning_pb2.Sgd(learning_rate=0.5),
-        aggregator=learning_pb2.TreeAggregation(clip_norm=1.0, noise_multiplier=0.5, report_goal=GOAL),
+        aggregator=aggregator,
         metrics=["sparse_categorical_accuracy"],
     )
+
+
+# A tree of noise that outlives its round: more state than any other kind has.
+PROCESS = process_of(learning_pb2.TreeAggregation(clip_norm=1.0, noise_multiplier=0.5, report_goal=GOAL))
 
 
 class Zygote:
@@ -90,6 +93,7 @@ class Server:
     faults: list[dict] = field(default_factory=list)
     revive: bool = True
     environment: dict = field(default_factory=dict)
+    seeded: bool = True
     port: int = field(default_factory=free_port)
     starts: int = 0
 
@@ -110,6 +114,7 @@ class Server:
             settings={"data_dir": str(self.directory / "data"), "port": self.port, **self.settings},
             fault=fault,
             environment=self.environment,
+            seeded=self.seeded,
             trace=str(self.trace),
             log=str(self.directory / f"log-{self.port}"),
         )
@@ -118,6 +123,9 @@ class Server:
         while not self._closed.wait(0.02):
             if self.revive and not runs(self.pid):
                 self._start()
+
+    def runs(self):
+        return runs(self.pid)
 
     def thaw(self):
         with contextlib.suppress(ProcessLookupError):
@@ -138,9 +146,9 @@ def start(zygote, tmp_path):
     """Starts servers on one data directory; all are gone at the end of the test."""
     started = []
 
-    def run(faults=(), *, revive=True, environment=None, **settings):
+    def run(faults=(), *, revive=True, environment=None, seeded=True, **settings):
         settings = {"collector_batch_size": 2, "lease_lifetime": 1.0, **settings}
-        started.append(Server(zygote, tmp_path, settings, list(faults), revive, environment or {}))
+        started.append(Server(zygote, tmp_path, settings, list(faults), revive, environment or {}, seeded))
         return started[-1]
 
     yield run
@@ -176,9 +184,9 @@ class Client:
             time.sleep(0.03)
         raise AssertionError(f"{method} {path}: {seen}")
 
-    def open_task(self, rounds=ROUNDS):
+    def open_task(self, rounds=ROUNDS, goal=GOAL, process=PROCESS):
         task = task_pb2.Task(
-            total_iteration=rounds, min_aggregation_size=GOAL, max_aggregation_size=GOAL,
+            total_iteration=rounds, min_aggregation_size=goal, max_aggregation_size=goal,
             min_client_version="0", max_client_version="999999999",
         )  # fmt: skip
         body = task_pb2.CreateTaskRequest(task=task).SerializeToString()
@@ -188,7 +196,6 @@ class Client:
         if created.status_code == 409:  # made just before the server was killed
             created = self.call("GET", f"/taskmanagement/v1/population/{POPULATION}/tasks/1:get")
         task = task_pb2.CreateTaskResponse.FromString(created.content).task
-        process = process_of()
         plan = plan_pb2.Plan(phase=[plan_pb2.Plan.Phase()], learning_process=process).SerializeToString()
         for url, data in (
             (task.init_checkpoint_url[0], write_checkpoint(initial_state(process, INITIAL, ()))),
@@ -199,7 +206,7 @@ class Client:
             self.call("PUT", url, (200, 409), content=data)
         return task.task_id
 
-    def contribute(self, value):
+    def contribute(self, value, process=PROCESS):
         """One device: the same idempotency key until it has an assignment, then its report, then its upload."""
         request = task_assignments_pb2.CreateTaskAssignmentRequest()
         request.client_version.version_code = "1"
@@ -208,7 +215,7 @@ class Client:
         answer = self.call("POST", path, (201,), content=request.SerializeToString(), headers=headers)
         assignment = task_assignments_pb2.CreateTaskAssignmentResponse.FromString(answer.content).task_assignment
         keys = parse_public_keys(self.call("GET", "/.well-known/odp/v1/public-keys").content)
-        body = gzip_bytes(seal_update(write_checkpoint(update_of(value)), keys[0]))
+        body = gzip_bytes(seal_update(write_checkpoint(update_of(value, process)), keys[0]))
         report = task_assignments_pb2.ReportResultRequest(result=task_assignments_pb2.ReportResultRequest.COMPLETED)
         location = ""
         deadline = time.monotonic() + PATIENCE_S
@@ -258,13 +265,19 @@ class Client:
         }
 
 
+@pytest.fixture(scope="session")
+def fixed_gaussian():
+    """The process of a task whose rounds are one device each, with independent noise of multiplier 1."""
+    return process_of(learning_pb2.FixedGaussian(clip_norm=1.0, noise_multiplier=1.0, report_goal=1))
+
+
 def completed(found):
     return sum(one["status"] == "COMPLETED" for one in found["iterations"])
 
 
-def update_of(value):
+def update_of(value, process):
     leaves = {}
-    for leaf in process_of().updates:
+    for leaf in process.updates:
         if leaf.role == learning_pb2.UpdateLeaf.METRIC:
             leaves[leaf.spec.name] = np.array(1.0, np.float32)
         elif leaf.role == learning_pb2.UpdateLeaf.DELTA:

@@ -3,11 +3,13 @@
 Reads one JSON object a line and answers each with the process id of a new server. Its servers do their jobs in threads,
 with noise that follows from a seed, so that a kill ends all of a server and two undisturbed runs are alike bit for bit.
 A fault point is a write: `{module}.{function} {what}:{before|after}`. A server notes the points that it reaches in a
-file, and kills or stops itself when it reaches the one that it was told for the so many-th time.
+file, and kills or stops itself when it reaches the one that it was told for the so many-th time. A fault may also be
+the so many-th line of a release; noise is the system's then.
 """
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -17,12 +19,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+# What a server imports only when it migrates its database and when its first round ends, for longer than either takes.
+import alembic.context  # noqa: F401
+import dp_accounting  # noqa: F401
+
 import fedcompute.app
 import fedcompute.learning.catalogue
 import fedcompute.server.rounds.aggregate
 from fedcompute.privacy.noise import SeededNoise
+from fedcompute.server.rounds import passes, release
 from fedcompute.server.rounds.update import UpdateJob, update
 from fedcompute.server.settings import RetryWindow, Settings
+from fedcompute.storage import budgets, iterations, releases
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.database import Database
 
@@ -34,14 +42,15 @@ class Seeded:
 
     capacity = 4
 
-    def __init__(self):
+    def __init__(self, seeded=True):
         self._pool = ThreadPoolExecutor(2)
+        self._seeded = seeded
 
     def submit(self, job, argument):
         return self._pool.submit(self._run, job, argument)
 
     def _run(self, job, argument):
-        if isinstance(argument, UpdateJob) and job is update:
+        if self._seeded and isinstance(argument, UpdateJob) and job is update:
             return update(replace(argument, draws=()), SeededNoise(argument.key.iteration_id))
         return job(argument)
 
@@ -66,7 +75,7 @@ class Points:
             self._counts[name] += 1
             with pathlib.Path(self._trace).open("a") as file:
                 file.write(f"{name}\n")
-            if self._fault and self._fault["point"] == name and self._fault["count"] == self._counts[name]:
+            if self._fault and self._fault.get("point") == name and self._fault["count"] == self._counts[name]:
                 self._fail()
 
     def _fail(self):
@@ -131,6 +140,32 @@ def watch(points):
     BlobStore.put_stream, BlobStore.delete = watched_put_stream, watched_delete
 
 
+def kill_at_line(number):
+    """Kills this process at the so many-th line of the modules that close rounds, once a round is applied."""
+    lines = {module.__file__ for module in (release, iterations, releases, budgets)}
+    step = passes._STEPS[passes.IterationStatus.APPLYING]
+    left = itertools.count(number, -1)
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in lines:
+            return None if frame.f_code.co_filename.startswith("<") else trace
+        if event == "line" and next(left) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def traced(context, iteration):
+        outcome = context.jobs._flights.get(iteration.key)
+        if outcome is None or outcome.future is None or not outcome.future.done():
+            return step(context, iteration)
+        sys.settrace(trace)
+        try:
+            return step(context, iteration)
+        finally:
+            sys.settrace(None)
+
+    passes._STEPS[passes.IterationStatus.APPLYING] = traced
+
+
 def serve(order):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -138,13 +173,16 @@ def serve(order):
         os.dup2(log, stream)
     os.environ.update(order["environment"])
     watch(Points(order["trace"], order["fault"]))
+    line = (order["fault"] or {}).get("line")
+    if line:
+        kill_at_line(line)
     fast = RetryWindow(0.01, 0.02)
     settings = Settings(
         **{**order["settings"], "data_dir": pathlib.Path(order["settings"]["data_dir"])},
         retry_no_task=fast,
         retry_no_active_task=fast,
     )
-    running = fedcompute.app.server(settings, Seeded())
+    running = fedcompute.app.server(settings, Seeded(order["seeded"]))
     running.run()
 
 

@@ -2,7 +2,9 @@
 
     python tests/server/fuzz_targets.py TARGET [-max_total_time=60] [-seed=1] [CORPUS]
 
-A target may refuse with a typed error; anything else, and any memory far beyond its input, is a finding.
+Without a target it reads orders, one JSON object `{"log": FILE, "arguments": [TARGET, ...]}` a line, follows each in a
+fork of its own, which has everything imported, and answers with its exit status. A target may refuse with a typed
+error; anything else, and any memory far beyond its input, is a finding.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -251,8 +254,7 @@ def mutations(target: str, number: int, seed: int = 1):
         yield bytes(data)
 
 
-def main() -> None:
-    target, *options = sys.argv[1:]
+def fuzz(target: str, *options: str) -> None:
     if options and not options[-1].startswith("-"):
         folder = Path(options[-1])
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,5 +264,21 @@ def main() -> None:
     atheris.Fuzz()
 
 
+def follow_orders() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            try:
+                fuzz(*order["arguments"])
+            finally:
+                os._exit(1)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    fuzz(*sys.argv[1:]) if sys.argv[1:] else follow_orders()

@@ -1,6 +1,7 @@
 """Readers of strangers' bytes: a typed error or a result, whatever comes. See `fuzz_targets.py`."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -42,13 +43,26 @@ def test_changed_copies_of_valid_input_are_read_or_refused(fuzz, name):
             raise AssertionError(f"{name}: mutation {number}, {data!r}") from error
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_coverage_finds_is_read_or_refused_within_its_memory(name, tmp_path):
+@pytest.fixture(scope="module")
+def follow():
+    """Returns follow(log, *arguments) -> exit status of a fuzzer, whose code is instrumented once for all."""
     pytest.importorskip("atheris", reason="atheris, which fuzzes by coverage, is not installed")
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as one:
+
+        def order(log, *arguments):
+            one.stdin.write(json.dumps({"log": str(log), "arguments": arguments}) + "\n")
+            one.stdin.flush()
+            return int(one.stdout.readline())
+
+        yield order
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_coverage_finds_is_read_or_refused_within_its_memory(follow, name, tmp_path):
     limits = [f"-max_total_time={SECONDS}", "-seed=1", f"-rss_limit_mb={MEMORY_MB}", "-timeout=10", "-max_len=8192"]
-    command = [sys.executable, str(PROGRAM), name, *limits, f"-artifact_prefix={tmp_path}/", str(tmp_path / "corpus")]
-    # Through a shell that forks: what starts from here directly counts this process's largest size as its own.
-    shell = ["sh", "-c", '"$@"; exit $?', "sh", *command]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=SECONDS + 120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Done " in done.stderr
+    status = follow(tmp_path / "log", name, *limits, f"-artifact_prefix={tmp_path}/", str(tmp_path / "corpus"))
+    log = (tmp_path / "log").read_text(errors="replace")
+    assert status == 0, log[-3000:]
+    assert "Done " in log

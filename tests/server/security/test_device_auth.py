@@ -490,8 +490,10 @@ def test_nothing_secret_is_stored_in_clear_or_logged(device_of, hand_made, caplo
     seen += [base64.b64encode(challenge).decode(), challenge.hex(), assignment.assignment_id]
     if kind == "enrolment":
         seen += [base64.b64encode(device.secret).decode(), device.secret.hex()]
-    assert caplog.records
-    for record in caplog.records:
+    # What the client of the test logs is its own affair.
+    records = [one for one in caplog.records if not one.name.startswith(("httpx", "httpcore"))]
+    assert records
+    for record in records:
         text = record.getMessage() + (record.exc_text or "")
         assert not any(one in text for one in seen), text
     with database(running).read() as tx:
