@@ -127,10 +127,6 @@ class Server:
     def runs(self):
         return runs(self.pid)
 
-    def thaw(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGCONT)
-
     def close(self):
         self._closed.set()
         self._watch.join()

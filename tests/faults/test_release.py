@@ -19,6 +19,8 @@ def test_a_server_killed_at_any_line_of_a_release_releases_once_or_not_at_all(
     server = start([{"line": line}], revive=False, seeded=False)
     client = connect(server)
     task_id = client.open_task(3, 1, fixed_gaussian)
+    # A budget that is known before would open no round.
+    client.wait(task_id, lambda found: found["iterations"])
     budget = {"epsilon": gaussian_epsilon(1.0, DELTA) * (1.1 if allowed else 0.9), "delta": DELTA}
     client.call("PUT", "/api/v1/populations/faults/budget", json=budget)
     client.contribute(0.01, fixed_gaussian)

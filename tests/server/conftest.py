@@ -275,14 +275,15 @@ def api(tmp_path_factory, shared_worker):
 def run_server(tmp_path, shared_worker):
     """Starts servers with settings of the test's choice; all stop at its end.
 
-    A server has a worker process of its own where the test says how many, or names a kind of executor.
+    A server has a worker process of its own where the test says how many, names a kind of executor, or names a blob
+    store, which a worker finds by the environment that it was started with.
     """
     started = []
 
     def run(executor=None, **changes):
         if isinstance(executor, str):
             executor, changes["executor"] = None, executor
-        elif executor is None and "workers" not in changes:
+        elif executor is None and not {"workers", "blob_url"} & set(changes):
             executor = shared_worker()
         started.append(Running(settings_of(changes.pop("data_dir", tmp_path / "data"), **changes), executor))
         return started[-1]

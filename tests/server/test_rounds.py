@@ -9,6 +9,7 @@ from fedcompute.privacy.noise import SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.context import now
 from fedcompute.server.rounds.spending import Spending
+from fedcompute.server.rounds.sums import SumGroup
 from fedcompute.server.rounds.update import UpdateJob, update
 from fedcompute.storage import schema
 from fedcompute.storage.keys import IterationKey
@@ -220,8 +221,7 @@ def update_job(running, task_id):
         blob_url=running.settings.blobs,
         plan_path=f"{root}/0/s/0/server_phase",
         base_path=f"{root}/0/s/0/checkpoint",
-        sum_paths=tuple(str(path.relative_to(aggregated)) for path in aggregated.rglob("gradient")),
-        contributions=1,
+        sums=(SumGroup(tuple(str(path.relative_to(aggregated)) for path in aggregated.rglob("gradient")), 1),),
         checkpoint_path=f"{root}/1/s/0/checkpoint",
         client_checkpoint_path=f"{root}/1/d/0/client_checkpoint",
         metrics_path=f"{root}/1/s/0/metrics",

@@ -88,6 +88,7 @@ def test_a_slow_batch_is_waited_for_though_others_reach_the_goal(run_server, han
         for one, body in zip(instructions, bodies, strict=True):
             assert api.upload(one, body).status_code == 200
     assert executor.reached.wait(60)
+    import time as T; T.sleep(3); print("ENDED", executor.ended, executor.reached.is_set()); print(api.task("patient", task_id)["iterations"])
     api.wait(lambda: executor.ended.count(aggregate) == 2)
     api.wait_for("patient", task_id, "AGGREGATING", iteration=1)
 

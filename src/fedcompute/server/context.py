@@ -16,6 +16,7 @@ from fedcompute.server.measures import Measures
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
 from fedcompute.server.rounds.spending import Accounts
+from fedcompute.server.rounds.sums import Merged
 from fedcompute.server.rounds.update import Preparation
 from fedcompute.server.security.authentication import Authentication
 from fedcompute.server.security.public_keys import PublicKeyList
@@ -126,6 +127,7 @@ class Context:
     uploads: Uploads = field(default_factory=Uploads)
     accounts: Accounts = field(default_factory=Accounts)
     prepared: dict[IterationKey, Preparation | None] = field(default_factory=dict)  # None: nothing is to be
+    merged: dict[IterationKey, Merged] = field(default_factory=dict)
     missing: set[tuple[TaskKey, int]] = field(default_factory=set)  # checkpoints that the store has lost
 
     def signed_url(

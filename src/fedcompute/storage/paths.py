@@ -3,6 +3,9 @@
 `result_id` is the iteration whose result an object is; 0 holds what the builder uploads. Paths have no leading slash.
 """
 
+import hashlib
+from collections.abc import Sequence
+
 from fedcompute.storage.keys import TaskKey
 
 MODEL = "model"
@@ -59,6 +62,12 @@ def aggregates_prefix(task: TaskKey, result_id: int, level: int = 0) -> str:
 def aggregate_path(task: TaskKey, result_id: int, batch_id: str, level: int = 0) -> str:
     """One batch's partial sum; bucket `aggregated`."""
     return f"{aggregates_prefix(task, result_id, level)}/{batch_id}/gradient"
+
+
+def merged_path(task: TaskKey, result_id: int, batch_ids: Sequence[str]) -> str:
+    """The sum of these batches, in this order; bucket `aggregated`, level 1, in the folder of the first of them."""
+    name = hashlib.sha256("/".join(batch_ids).encode()).hexdigest()[:32]
+    return f"{aggregates_prefix(task, result_id, 1)}/{batch_ids[0]}/{name}"
 
 
 def failure_path(task: TaskKey) -> str:

@@ -14,6 +14,7 @@ from fedcompute.server.graph_plans import plan as graph_plan
 from fedcompute.server.graph_plans.plan import open_graph_plan
 from fedcompute.server.rounds.plans import read_server_plan
 from fedcompute.server.rounds.spending import Spending
+from fedcompute.server.rounds.sums import SumGroup
 from fedcompute.server.rounds.update import UpdateJob, update
 from fedcompute.storage.blobs import open_blob_store
 from fedcompute.storage.keys import IterationKey
@@ -224,8 +225,7 @@ def test_an_update_that_runs_again_keeps_what_the_first_one_released(graphs, tmp
         blob_url=tmp_path.as_uri(),
         plan_path="plan",
         base_path="0/checkpoint",
-        sum_paths=("sum",),
-        contributions=2,
+        sums=(SumGroup(("sum",), 2),),
         checkpoint_path="1/checkpoint",
         client_checkpoint_path="1/client_checkpoint",
         metrics_path="1/metrics",

@@ -10,7 +10,7 @@ from fedcompute.storage.attempts import open_attempt
 from fedcompute.storage.batches import BatchRow, fail_batch, get_batch, list_batches
 from fedcompute.storage.database import lock_population
 from fedcompute.storage.iterations import IterationRow, expired_iterations, move_iteration
-from fedcompute.storage.paths import AGGREGATED, aggregate_path
+from fedcompute.storage.paths import AGGREGATED, aggregate_path, aggregates_prefix
 from fedcompute.storage.schema import BatchStatus, IterationStatus
 from fedcompute.storage.tasks import fail_task
 
@@ -99,4 +99,7 @@ def _again(
         for batch in damaged:
             # Beside the sums of others that share most of its devices it would tell what the rest gave.
             context.blobs.delete(AGGREGATED, aggregate_path(key.task, iteration.result_id, batch.key.batch_id))
+        merged = aggregates_prefix(key.task, iteration.result_id, 1)
+        for path in context.blobs.list(AGGREGATED, merged) if damaged else []:
+            context.blobs.delete(AGGREGATED, path)
     return moved

@@ -11,6 +11,7 @@ from fedcompute.server.context import Context, now
 from fedcompute.server.rounds.aggregate import AggregateJob, AggregateResult, aggregate
 from fedcompute.server.rounds.attempts import batch_failed
 from fedcompute.server.rounds.jobs import Outcome
+from fedcompute.server.rounds.merge import merge_ahead
 from fedcompute.server.security.key_service import key_service_of
 from fedcompute.server.settings import RAY
 from fedcompute.storage.assignments import (
@@ -106,6 +107,8 @@ def run_batches(context: Context, iteration: IterationRow) -> bool:
             continue
         context.jobs.forget(batch.key)
         changed = True
+    if published:
+        merge_ahead(context, iteration)
     return changed
 
 

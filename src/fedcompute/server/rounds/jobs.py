@@ -18,7 +18,13 @@ _LONGEST_WAIT = 10.0
 # What comes back by itself or by an operator's hand, and is waited for.
 _OUTAGES = (Reason.STORAGE_FAILED, Reason.KEY_SERVICE_FAILED, Reason.CLUSTER_UNREACHABLE)
 _LONGEST_POWER = 10
-_KINDS = {"batch": "aggregate", "iteration": "update", "ahead": "look_ahead", "broadcast": "broadcast"}
+_KINDS = {
+    "batch": "aggregate",
+    "iteration": "update",
+    "ahead": "look_ahead",
+    "broadcast": "broadcast",
+    "merge": "merge",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,18 @@ class BroadcastKey:
         return f"the client checkpoint of {self.iteration}"
 
 
-JobKey = BatchKey | IterationKey | AheadKey | BroadcastKey
+@dataclass(frozen=True)
+class MergeKey:
+    """The job that merges a group of a round's sums into the one at `path`."""
+
+    iteration: IterationKey
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.iteration}/sums/{self.path.rpartition('/')[2]}"
+
+
+JobKey = BatchKey | IterationKey | AheadKey | BroadcastKey | MergeKey
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,7 @@ class Jobs:
         # A job's outcome may be asked for more than once.
         if flight.started is not None:
             kind = type(key).__name__.removesuffix("Key").lower()
-            self._measures.job(_KINDS[kind], outcome, time.monotonic() - flight.started)
+            self._measures.job(_KINDS.get(kind, kind), outcome, time.monotonic() - flight.started)
             flight.started = None
 
     def _is_ours(self, key: JobKey) -> bool:

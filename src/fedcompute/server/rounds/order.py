@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fedcompute.server.context import Context
 from fedcompute.server.rounds.jobs import AheadKey
+from fedcompute.server.rounds.merge import groups_of
 from fedcompute.server.rounds.spending import Overspent, charges, has_noise
 from fedcompute.server.rounds.update import UpdateJob, foresee, prepare
 from fedcompute.server.security.key_service import key_service_of
@@ -13,23 +14,21 @@ from fedcompute.storage.budgets import budget_of
 from fedcompute.storage.iterations import IterationRow, NewIteration, active_iterations, newest_release
 from fedcompute.storage.keys import IterationKey, TaskKey
 from fedcompute.storage.paths import (
-    aggregate_path,
     client_checkpoint_path,
     metrics_path,
     server_checkpoint_path,
     server_plan_path,
 )
-from fedcompute.storage.schema import BatchStatus
 from fedcompute.storage.secrets import private_keys
 from fedcompute.storage.tasks import TaskRow, get_task
 
 
 def order(context: Context, iteration: IterationRow | NewIteration) -> UpdateJob:
     """The job that applies a round, or that looks ahead at one that is not open yet."""
-    task, result_id = iteration.key.task, iteration.result_id
+    task = iteration.key.task
     with context.database.read() as tx:
         row = get_task(tx, task)
-        batches = list_batches(tx, iteration.key, statuses=[BatchStatus.UPLOAD_COMPLETED])
+        groups = groups_of(task, iteration.result_id, list_batches(tx, iteration.key))
         spending = context.accounts.spending(tx, task.population)
         keys = private_keys(tx, context.sealer)
     assert row is not None, "an iteration's foreign key is its task"
@@ -39,8 +38,7 @@ def order(context: Context, iteration: IterationRow | NewIteration) -> UpdateJob
         blob_url=context.settings.blobs,
         plan_path=server_plan_path(task),
         base_path=_base_path(row, iteration),
-        sum_paths=tuple(aggregate_path(task, result_id, batch.key.batch_id) for batch in batches),
-        contributions=sum(batch.accepted_size or 0 for batch in batches),
+        sums=tuple(groups),
         checkpoint_path=checkpoint,
         client_checkpoint_path=client_checkpoint,
         metrics_path=metrics,
@@ -128,5 +126,6 @@ def look_ahead(context: Context, iteration: IterationRow) -> bool:
 
 def forget_preparations(context: Context, active: Collection[IterationKey]) -> None:
     """Drops what was prepared for rounds that are over."""
-    for key in [key for key in context.prepared if key not in active]:
-        del context.prepared[key]
+    for known in (context.prepared, context.merged):
+        for key in [key for key in known if key not in active]:
+            del known[key]

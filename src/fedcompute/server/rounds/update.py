@@ -4,12 +4,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcompute.crypto.aggregates import open_aggregate
 from fedcompute.crypto.envelope import gzip_bytes
 from fedcompute.errors import ArtifactInvalid, OperationFailed, Reason
 from fedcompute.learning.contribution import clip_norm_told, empty_sum
@@ -28,7 +26,6 @@ from fedcompute.privacy.chain import Release
 from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SilentNoise, SystemNoise
 from fedcompute.protos import learning_pb2
 from fedcompute.server.graph_plans.form import GraphPlan
-from fedcompute.server.rounds.pipeline import pipelined
 from fedcompute.server.rounds.plans import load_graphs, read_server_plan, read_stored
 from fedcompute.server.rounds.spending import (
     Overspent,
@@ -41,19 +38,19 @@ from fedcompute.server.rounds.spending import (
     has_noise,
     prospect,
 )
+from fedcompute.server.rounds.sums import SumGroup, check_count, merge_all, read_stored_sum
 from fedcompute.server.security.key_service import KeyService, held_keys
-from fedcompute.storage.blobs import BlobMissing, BlobStore, open_blob_store
+from fedcompute.storage.blobs import BlobStore, open_blob_store
 from fedcompute.storage.keys import IterationKey
-from fedcompute.storage.paths import AGGREGATED, MODEL
+from fedcompute.storage.paths import MODEL
 from fedcompute.storage.releases import Standing
 from fedcompute.tensors.checkpoint import CheckpointLimits, read_checkpoint, write_checkpoint
-from fedcompute.tensors.partial_sum import PartialSum, decode, merge
+from fedcompute.tensors.partial_sum import PartialSum
 from fedcompute.tensors.tree import Tensors, spec_from_proto
 from fedcompute.tracing import span
 
 # Of a model whose noise is drawn ahead: 32 MiB for a release, some times that where a tree grows.
 _MOST_ELEMENTS = 1 << 22
-_READERS = 2  # threads that read partial sums
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class UpdateJob:
     blob_url: str
     plan_path: str
     base_path: str
-    sum_paths: tuple[str, ...]
-    contributions: int  # that the sums hold, as their batches counted them
+    sums: tuple[SumGroup, ...]
     checkpoint_path: str
     client_checkpoint_path: str
     metrics_path: str
@@ -79,6 +75,16 @@ class UpdateJob:
     draws: tuple[Draw, ...] = field(default=(), repr=False)  # its noise, as far as it is drawn already
     private_keys: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # of sums that are encrypted
     key_service: KeyService | None = None  # where other private keys are
+
+    @property
+    def contributions(self) -> int:
+        """How many the sums hold, as their batches counted them."""
+        return sum(group.contributions for group in self.sums)
+
+    @property
+    def sum_paths(self) -> tuple[str, ...]:
+        """The sums of the batches, in order."""
+        return tuple(path for group in self.sums for path in group.sums)
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _update_with_graphs(
     if not blobs.exists(MODEL, _first_result(process, job)):
         base = read_stored(blobs.get(MODEL, job.base_path, limit=limit), limit)
         keys = held_keys(job.private_keys, job.key_service)
-        partials = (_read_stored_sum(blobs, path, keys, limit) for path in job.sum_paths)
+        partials = (read_stored_sum(blobs, path, keys, limit) for path in job.sum_paths)
         applied = graphs.apply(base, partials, job.contributions)
         trains = process.kind == learning_pb2.LearningProcess.TRAINING
         first = gzip_bytes(applied.checkpoint) if trains else metrics_json(applied.metrics)
@@ -279,33 +285,12 @@ def _first_bytes(process: learning_pb2.LearningProcess, job: UpdateJob, result: 
 
 
 def _total(blobs: BlobStore, digest: bytes, job: UpdateJob) -> PartialSum:
-    keys = held_keys(job.private_keys, job.key_service)
-    limit = job.max_checkpoint_bytes
-    threads = _READERS if job.key_service is None else 1
-    total = reduce(merge, pipelined(lambda path: _read_sum(blobs, path, digest, keys, limit), job.sum_paths, threads))
-    if total.num_inputs != job.contributions:
-        # Made anew by a worker that came too late and found other uploads than were recorded.
-        raise ArtifactInvalid(
-            Reason.PARTIAL_SUM_MISMATCH, f"the partial sums hold {total.num_inputs} updates, not {job.contributions}"
-        )
+    total = merge_all(blobs, job.sums, job.private_keys, job.key_service, job.max_checkpoint_bytes)
+    if total.plan_digest != digest:
+        raise ArtifactInvalid(Reason.PARTIAL_SUM_MISMATCH, "the partial sums belong to another plan")
+    check_count(total, job.contributions)
     return total
 
 
 def _read_leaves(blobs: BlobStore, job: UpdateJob, path: str) -> Tensors:
     return read_checkpoint_object(blobs.get(MODEL, path, limit=job.max_checkpoint_bytes), job.max_checkpoint_bytes)
-
-
-def _read_sum(blobs: BlobStore, path: str, digest: bytes, keys: Mapping[str, bytes], limit: int) -> PartialSum:
-    total = decode(_read_stored_sum(blobs, path, keys, limit))
-    if total.plan_digest != digest:
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MISMATCH, "the partial sum belongs to another plan")
-    return total
-
-
-def _read_stored_sum(blobs: BlobStore, path: str, keys: Mapping[str, bytes], limit: int) -> bytes:
-    # int64 or float64 leaves: at most twice the size of the float32 update; encryption adds a third.
-    try:
-        stored = blobs.get(AGGREGATED, path, limit=4 * limit)
-    except BlobMissing as error:
-        raise ArtifactInvalid(Reason.PARTIAL_SUM_MALFORMED, f"a partial sum is gone: {error}") from error
-    return open_aggregate(stored, keys, limit=4 * limit)
