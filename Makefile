@@ -23,13 +23,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/test_import_floors.py
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/round.py
-	$(BIN)/python benchmarks/build.py
-	$(BIN)/python benchmarks/audit.py
-	$(BIN)/python benchmarks/dashboard.py
-	$(BIN)/python benchmarks/load.py
-	$(BIN)/python benchmarks/device.py
-	$(BIN)/python benchmarks/device_daemon.py
+	$(BIN)/python benchmarks/all.py $(ARGS)
 
 protos: $(VENV)/.installed-dev
 	$(BIN)/python tools/generate_protos.py

@@ -14,10 +14,12 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 from fedcompute.cli.privacy_audit import HONEST_DEVICES, Mechanism, audit_digits
 from fedcompute.learning.audit import WeakenedNoise
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--canaries", type=int, default=7850)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
     console = Console(width=max(120, Console().width))
     console.print(
@@ -64,7 +67,10 @@ def main() -> None:
     )
     start = time.perf_counter()
     console.print(audit_table(arguments.canaries, arguments.delta, arguments.confidence))
-    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    seconds = time.perf_counter() - start
+    console.print(f"{seconds:.0f} s in all")
+    note = f"{arguments.canaries} canaries, delta {arguments.delta:g}"
+    write_rows(arguments.json, [Row("audit", f"{len(LINES)} mechanisms audited", seconds, "s", note=note)])
 
 
 def audit_table(canaries: int, delta: float, confidence: float) -> Table:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 BIN = Path(sys.executable).parent
 POPULATION = "benchmark"
@@ -43,7 +44,9 @@ differential_privacy {{ type: FIXED_GAUSSIAN noise_multiplier: {noise} clip_norm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emnist-cnn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
+    rows = []
     table = Table("build", "seconds", title=f"{arguments.model}, training and evaluation, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name:
         work = Path(name)
@@ -65,8 +68,10 @@ def main() -> None:
                 config.write_text(CONFIG.format(rounds=rounds, learning_rate=learning_rate, noise=noise))
                 seconds = build(builder, model, config)
                 table.add_row(label, f"{seconds:.2f}")
+                rows.append(Row("build", label, seconds, "s", note=f"{arguments.model}, training and evaluation"))
                 cancel_all(server)
     Console().print(table)
+    write_rows(arguments.json, rows)
 
 
 def save_model(name: str, path: Path) -> Path:

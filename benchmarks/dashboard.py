@@ -14,7 +14,8 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 from sqlalchemy import insert
 
 from fedcompute.cli.quickstart import serving
@@ -51,11 +53,22 @@ _ENDS = (
 _METRIC = "server/client_work/train/metric_{}"
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What an address answered with: milliseconds, the median and the slowest, and KiB."""
+
+    name: str
+    median: float
+    slowest: float
+    kibibytes: float
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--metrics", type=int, default=20)
     parser.add_argument("--assignments", type=int, default=100_000)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     options = parser.parse_args()
     console = Console(highlight=False)
     with tempfile.TemporaryDirectory() as directory:
@@ -69,7 +82,15 @@ def main() -> None:
         console.print(f"{size}: made in {time.monotonic() - started:.0f} s, {each}")
         console.print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, SQLite")
         with serving(settings, listener):
-            console.print(_measured(settings.base_url))
+            figures = _measured(settings.base_url, options.rounds // 2)
+    table = Table("what", "median ms", "slowest ms", "KiB", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in figures:
+        table.add_row(one.name, f"{one.median:.1f}", f"{one.slowest:.1f}", f"{one.kibibytes:.0f}")
+    console.print(table)
+    settled = Row("dashboard", "a round that ends is summed up", 1000 * settling / options.rounds, "ms", note=size)
+    write_rows(options.json, [*_rows(figures, size), settled])
 
 
 def make_history(settings: Settings, rounds: int, metrics: int, assignments: int) -> float:
@@ -243,10 +264,8 @@ def _place(key: IterationKey) -> tuple[str, int, int, int]:
     return key.population, key.task_id, key.iteration_id, key.attempt_id
 
 
-def _measured(url: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("what", "median ms", "slowest ms", "KiB"):
-        table.add_column(name, justify="left" if name == "what" else "right")
+def _measured(url: str, middle: int) -> list[Figure]:
+    """Asks for everything, round `middle` for one; pages first, then charts, then what programs read."""
     task = f"/tasks/{POPULATION}/1"
     metric = "name=server%2Fclient_work%2Ftrain%2Floss"
     charts = ("noise", "clip", "epsilon", "devices", "rejections", "phases", "over-time", "training", "minutes")
@@ -254,8 +273,8 @@ def _measured(url: str) -> Table:
         "/",
         f"/populations/{POPULATION}",
         task,
-        f"{task}?before=500",
-        f"{task}/rounds/500",
+        f"{task}?before={middle}",
+        f"{task}/rounds/{middle}",
         "/compare",
         "/privacy",
         f"/privacy/{POPULATION}",
@@ -263,7 +282,7 @@ def _measured(url: str) -> Table:
         "/system",
         f"/charts{task}/metric?{metric}",
         *(f"/charts{task}/{name}" for name in charts),
-        f"/charts{task}/arrivals?round=500",
+        f"/charts{task}/arrivals?round={middle}",
         f"/charts/populations/{POPULATION}/minutes",
         f"/charts/compare?run={POPULATION}/1&metric=loss",
         f"/charts/privacy/{POPULATION}",
@@ -272,27 +291,34 @@ def _measured(url: str) -> Table:
         "/metrics",
     ]
     with httpx.Client(base_url=url, timeout=60) as client:
-        for address in addresses:
-            times, answer = [], None
-            for _ in range(_REPEATS):
-                started = time.perf_counter()
-                answer = client.get(address)
-                times.append(1000 * (time.perf_counter() - started))
-                assert answer.status_code == 200, (address, answer.text[:200])
-            table.add_row(
-                address,
-                f"{statistics.median(times):.1f}",
-                f"{max(times):.1f}",
-                f"{len(answer.content) / 1024:.0f}" if answer else "",
-            )
-        tag = client.get(task).headers["etag"]
-        times = []
-        for _ in range(_REPEATS):
-            started = time.perf_counter()
-            assert client.get(task, headers={"if-none-match": tag}).status_code == 304
-            times.append(1000 * (time.perf_counter() - started))
-        table.add_row(f"{task}, unchanged", f"{statistics.median(times):.1f}", f"{max(times):.1f}", "0")
-    return table
+        found = [_asked(client, address, {}, 200) for address in addresses]
+        known = {"if-none-match": client.get(task).headers["etag"]}
+        return [*found, replace(_asked(client, task, known, 304), name=f"{task}, unchanged")]
+
+
+def _asked(client: httpx.Client, address: str, headers: dict[str, str], status: int) -> Figure:
+    times, size = [], 0
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        answer = client.get(address, headers=headers)
+        times.append(1000 * (time.perf_counter() - started))
+        assert answer.status_code == status, (address, answer.text[:200])
+        size = len(answer.content)
+    return Figure(address, statistics.median(times), max(times), size / 1024)
+
+
+def _rows(figures: Sequence[Figure], size: str) -> list[Row]:
+    """A row for each page; the charts, of which a page loads several, in two."""
+    charts = [one.median for one in figures if one.name.startswith("/charts/")]
+    return [
+        *(
+            Row("dashboard", one.name, one.median, "ms", note=size)
+            for one in figures
+            if not one.name.startswith("/charts/")
+        ),
+        Row("dashboard", f"a chart, median of {len(charts)}", statistics.median(charts), "ms", note=size),
+        Row("dashboard", "a chart, the slowest", max(charts), "ms", note=size),
+    ]
 
 
 if __name__ == "__main__":

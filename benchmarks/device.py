@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 from fedcompute.builder.client_graph import ClientSettings, client_graph
 from fedcompute.builder.client_optimizers import SGD
@@ -148,18 +149,21 @@ def plain_loop(task: Task) -> Callable[[Any], None]:
     return train
 
 
-def later_runs(repeats: int) -> Table:
+def later_runs(repeats: int) -> tuple[Table, list[Row]]:
     """Median seconds of runs that take turns, each after two that do not count."""
     table = Table(title=f"later runs, {os.cpu_count()} cores, TensorFlow {tf.__version__}: milliseconds per step")
     for heading in ("model", "batch x steps", "plain loop", "plan runner", "ratio", "parsed before", "ratio"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
-    runner = PlanRunner()
+    runner, rows = PlanRunner(), []
     for task in tasks():
         plain, ours, parsed = (1000 * seconds / task.steps for seconds in compared(task, runner, repeats))
         row = (f"{plain:.3f}", f"{ours:.3f}", f"{ours / plain:.2f}", f"{parsed:.3f}", f"{ours / parsed:.2f}")
         table.add_row(task.name, f"{task.batch} x {task.steps}", *row)
+        name, floor = f"a training step, {task.name}, batch {task.batch}", f"plain tf.function loop, {plain:.3f} ms"
+        note = "examples parsed in both; a later run of the plan"
+        rows.append(Row("device", name, ours, "ms", floor, plain / ours, note))
     runner.close()
-    return table
+    return table, rows
 
 
 def compared(task: Task, runner: PlanRunner, repeats: int) -> list[float]:
@@ -186,11 +190,12 @@ def medians(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     return [statistics.median(taken[2:]) for taken in seconds]
 
 
-def first_run(repeats: int) -> Table:
+def first_run(repeats: int) -> tuple[Table, list[Row]]:
     """A fresh process, up to the end of its second run."""
     table = Table(title="the first run of a fresh process: seconds")
     for heading in ("model", "import of TensorFlow", "preparation", "first run", "second run"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
+    rows = []
     for task in tasks()[:3]:
         (plan, checkpoint), examples = task.plan(), task.examples()
         # All of one size, so that the process can take them apart.
@@ -204,18 +209,25 @@ def first_run(repeats: int) -> Table:
                 [float(word) for word in subprocess.run(command, capture_output=True, check=True).stdout.split()]
                 for _ in range(repeats)
             ]
-        table.add_row(task.name, *(f"{statistics.median(column):.3f}" for column in zip(*seconds, strict=True)))
-    return table
+        imported, prepared, first, second = (statistics.median(column) for column in zip(*seconds, strict=True))
+        table.add_row(task.name, *(f"{value:.3f}" for value in (imported, prepared, first, second)))
+        note = f"import of TensorFlow before it {imported:.1f} s"
+        rows.append(Row("device", f"first run in a fresh process, {task.name}", prepared + first, "s", note=note))
+    return table, rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
     console = Console()
     console.print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
-    console.print(later_runs(arguments.repeats))
-    console.print(first_run(min(3, arguments.repeats)))
+    rows = []
+    for table, found in (later_runs(arguments.repeats), first_run(min(3, arguments.repeats))):
+        console.print(table)
+        rows += found
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 from fedcompute.device.developer.examples import training_example
 from fedcompute.device.developer.worker import ExecuteInput
@@ -85,24 +86,32 @@ async def trainings(folder: Path, plan: plan_pb2.ClientOnlyPlan, checkpoint: byt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    table = Table(title="an idle device, and isolation")
-    for column in ("what", "median", "of"):
-        table.add_column(column)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
+    rows: list[Row] = []
+
+    def found(name: str, value: float, unit: str, count: int) -> None:
+        rows.append(Row("device", name, value, unit, note=f"median of {count}"))
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "idle.py").write_text(SERVICE)
         memory = [idle_memory(folder, 2.0) for _ in range(repeats)]
-        table.add_row("idle device, resident", f"{statistics.median(one[0] for one in memory):.1f} MB", str(repeats))
-        table.add_row("  of it private", f"{statistics.median(one[1] for one in memory):.1f} MB", str(repeats))
+        found("idle device, resident", statistics.median(one[0] for one in memory), "MB", repeats)
+        found("idle device, of it private", statistics.median(one[1] for one in memory), "MB", repeats)
         calls = [asyncio.run(worker_call(folder)) for _ in range(4 * repeats)]
-        table.add_row("a worker call", f"{1000 * statistics.median(calls):.0f} ms", str(4 * repeats))
+        found("a worker call in a process of its own", 1000 * statistics.median(calls), "ms", 4 * repeats)
         plan, checkpoint = dense_plan()
         times = [asyncio.run(trainings(folder, plan, checkpoint)) for _ in range(repeats)]
         first, later = (statistics.median(one[index] for one in times) for index in (0, 1))
-        table.add_row("first training, TensorFlow import included (200 steps)", f"{first:.2f} s", str(repeats))
-        table.add_row("a later one", f"{later:.2f} s", str(repeats))
+        found("first isolated training, TensorFlow import included (200 steps)", first, "s", repeats)
+        found("a later isolated training (200 steps)", later, "s", repeats)
+    table = Table("what", "median", "of", title="an idle device, and isolation")
+    for row in rows:
+        table.add_row(row.name, f"{row.value:.2f} {row.unit}", row.note.removeprefix("median of "))
     Console().print(table)
+    write_rows(arguments.json, rows)
 
 
 def dense_plan() -> tuple[plan_pb2.ClientOnlyPlan, bytes]:

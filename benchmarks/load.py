@@ -1,6 +1,7 @@
-"""What one machine carries: check-ins, uploads, aggregation, and the time to the next model.
+"""What one machine carries: check-ins, uploads, and the time to the next model.
 
     python benchmarks/load.py [--rate 2000] [--seconds 60] [--places 10000] [--uploads 1000] [--only check-ins]
+                              [--json FILE]
 
 Starts a server as users do, with SQLite and blobs in a temporary directory, and sends it the load of `load.c`, which is
 compiled when it runs and shares the machine with the server; its own CPU is in the table. Prints tables; asserts
@@ -10,7 +11,6 @@ nothing about time.
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import sqlite3
@@ -29,9 +29,11 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
-from aggregation import LAYERS, PARAMETERS, memory_table, process_of, share_table, update_of
+from aggregation import LAYERS, PARAMETERS, process_of, update_of
+from hardware import machine
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 from fedcompute.crypto.envelope import gzip_bytes, seal_update
 from fedcompute.crypto.keys import parse_public_keys
@@ -43,7 +45,7 @@ from fedcompute.tensors.checkpoint import write_checkpoint
 BIN = Path(sys.executable).parent
 POPULATION = "benchmark"
 PROTO = {"content-type": "application/x-protobuf"}
-SECTIONS = ("check-ins", "uploads", "aggregation", "memory")
+SECTIONS = ("check-ins", "uploads")
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,26 @@ def check_in_body() -> bytes:
     return request.SerializeToString()
 
 
-def check_ins(load: Load, rate: float, seconds: float, places: int) -> Table:
+@dataclass(frozen=True)
+class Answers:
+    """Check-ins of one phase with one status: how many, how many a second, and seconds of percentiles.
+
+    `generator`, `server`: shares of a core. `odd`: answers of the phase with another status, and broken connections.
+    """
+
+    phase: str
+    asked: float | None
+    status: int
+    count: int
+    per_second: float
+    percentiles: dict[str, float]
+    generator: float
+    server: float
+    odd: int
+
+
+def check_ins(load: Load, rate: float, seconds: float, places: int) -> list[Answers]:
     """Devices at a steady rate: a round with places, and once it is full, windows to come back in."""
-    table = Table(
-        "phase", "answers", "asked/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "longest ms", "generator CPU",
-        "server CPU", title=f"check-ins, SQLite, 64 connections kept alive, {os.cpu_count()} cores",
-    )  # fmt: skip
     body = check_in_body()
     with tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name, serving(Path(name)) as server:
         open_task(server, POPULATION, goal=places, room=places)
@@ -202,26 +218,55 @@ def check_ins(load: Load, rate: float, seconds: float, places: int) -> Table:
         open_task(server, "again", goal=places, room=places)
         server.settle()
         places_flat_out = load(server, check_in_head("again", body), count=places, body=body)
-    for label, found, asked in (
-        (f"{rate:g} a second for {seconds:g} s", steady, rate),
-        ("as fast as they come, all places", places_flat_out, None),
-        ("as fast as they come, full", flat_out, None),
-    ):
-        for kind, status in (("created", "201"), ("other", "200")):
-            answers = found["statuses"].get(status, 0)
-            if not answers:
-                continue
-            took = found["created_seconds"] if status == "201" else found["seconds"] - found["created_seconds"]
-            times = found[kind]
-            table.add_row(
-                label, f"{answers:,} x {status}", f"{asked:g}" if asked else "all", f"{answers / took:.0f}",
-                *(f"{times[one] * 1e3:.1f}" for one in ("p50", "p90", "p99", "longest")),
-                f"{found['cpu'] / found['seconds']:.0%}", f"{found['server_cpu'] / found['seconds']:.0%}",
+    return [
+        *answers_of(f"{rate:g} a second for {seconds:g} s", steady, rate),
+        *answers_of("as fast as they come, all places", places_flat_out, None),
+        *answers_of("as fast as they come, full", flat_out, None),
+    ]
+
+
+def answers_of(phase: str, found: dict[str, Any], asked: float | None) -> list[Answers]:
+    """A phase by status; what is neither 200 nor 201 counts as odd."""
+    odd = found["failures"] + sum(n for status, n in found["statuses"].items() if status not in ("200", "201"))
+    answers = []
+    for kind, status in (("created", 201), ("other", 200)):
+        count = found["statuses"].get(str(status), 0)
+        if count:
+            took = found["created_seconds"] if status == 201 else found["seconds"] - found["created_seconds"]
+            answers.append(
+                Answers(
+                    phase, asked, status, count, count / took, found[kind],
+                    found["cpu"] / found["seconds"], found["server_cpu"] / found["seconds"], odd,
+                )
             )  # fmt: skip
-        odd = {one: n for one, n in found["statuses"].items() if one not in ("200", "201")}
-        if odd or found["failures"]:
-            table.add_row(label, f"{odd}, {found['failures']} broken", *[""] * 8)
+    return answers
+
+
+def check_ins_table(answers: list[Answers]) -> Table:
+    table = Table(
+        "phase", "answers", "asked/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "longest ms", "generator CPU",
+        "server CPU", "odd", title=f"check-ins, SQLite, 64 connections kept alive, {os.cpu_count()} cores",
+    )  # fmt: skip
+    for one in answers:
+        table.add_row(
+            one.phase, f"{one.count:,} x {one.status}", f"{one.asked:g}" if one.asked else "all",
+            f"{one.per_second:,.0f}",
+            *(f"{one.percentiles[name] * 1e3:.1f}" for name in ("p50", "p90", "p99", "longest")),
+            f"{one.generator:.0%}", f"{one.server:.0%}", str(one.odd),
+        )  # fmt: skip
     return table
+
+
+def check_in_rows(answers: list[Answers]) -> list[Row]:
+    kinds = {200: "no place", 201: "a place"}
+    return [
+        Row(
+            "load, check-ins", f"{one.phase}: {kinds[one.status]}", one.per_second, "check-ins/s",
+            note=f"p50 {one.percentiles['p50'] * 1e3:.1f} ms, p99 {one.percentiles['p99'] * 1e3:.1f} ms, "
+            f"server {one.server:.0%} of a core" + (f", {one.odd} odd answers" if one.odd else ""),
+        )
+        for one in answers
+    ]  # fmt: skip
 
 
 def sessions(server: Server, population: str, count: int) -> list[str]:
@@ -260,11 +305,27 @@ def upload_head(size: int) -> str:
     )
 
 
-def uploads(load: Load, count: int, rate: float, workers: int) -> Table:
+@dataclass(frozen=True)
+class Collected:
+    """A round of uploads, in seconds; `steps`: from the last upload on, in order. `cpu`: of web server, generator."""
+
+    count: int
+    upload_bytes: int
+    asked: float
+    statuses: dict[str, int]
+    seconds: float
+    percentiles: dict[str, float]
+    cpu: tuple[float, float]
+    steps: dict[str, float]
+
+    @property
+    def dead_time(self) -> float:
+        """From the last sum to the next round's first place: no upload of any device could shorten it."""
+        return sum(list(self.steps.values())[2:])
+
+
+def uploads(load: Load, count: int, rate: float, workers: int) -> Collected:
     """Devices that upload to a round until its goal is met, and how long the server takes from there to the next."""
-    table = Table(
-        "step", "seconds", title=f"a round of {count:,} uploads of {PARAMETERS:,} parameters, {workers} workers"
-    )
     with (
         tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name,
         serving(Path(name), f"--workers={workers}") as server,
@@ -273,27 +334,51 @@ def uploads(load: Load, count: int, rate: float, workers: int) -> Table:
         body = sealed_update(server)
         paths = sessions(server, POPULATION, count)
         found = load(server, upload_head(len(body)), targets=paths, count=count, rate=rate, connections=16, body=body)
-        ended = time.time()
+        last = time.time()
         database = sqlite3.connect(f"file:{Path(name) / 'fedcompute.db'}?mode=ro", uri=True)
         wait_until(lambda: len(rounds_of(database)) > 1)
         first, second = rounds_of(database)[:2]
         database.close()
-    table.add_row(f"PUT, {len(body) / 1e6:.1f} MB each: {found['statuses']}", f"{found['seconds']:.2f}")
-    table.add_row(f"  uploads a second, asked {rate:g}", f"{found['answered'] / found['seconds']:.1f}")
-    table.add_row("  p50 / p99 of one", f"{found['other']['p50']:.3f} / {found['other']['p99']:.3f}")
-    table.add_row("  CPU of the web server / of the load generator", f"{found['server_cpu']:.2f} / {found['cpu']:.2f}")
-    last = ended
-    for status, label in (
-        (IterationStatus.AGGREGATING, "from the last upload to the last batch handed out"),
-        (IterationStatus.APPLYING, "until every batch is added up"),
-        (IterationStatus.COMPLETED, "until the model is stored"),
+    steps = {}
+    for moment, label in (
+        (first[int(IterationStatus.AGGREGATING)], "from the last upload to the last batch handed out"),
+        (first[int(IterationStatus.APPLYING)], "until every batch is added up"),
+        (first[int(IterationStatus.COMPLETED)], "until the model is stored"),
+        (second[int(IterationStatus.COLLECTING)], "until the next round takes devices"),
     ):
-        table.add_row(label, f"{first[int(status)] - last:.3f}")
-        last = first[int(status)]
-    opened = second[int(IterationStatus.COLLECTING)]
-    table.add_row("until the next round takes devices", f"{opened - last:.3f}")
-    table.add_row("[bold]from the last upload to the next round", f"{opened - ended:.3f}")
+        steps[label], last = moment - last, moment
+    return Collected(
+        count, len(body), rate, found["statuses"], found["seconds"], found["other"],
+        (found["server_cpu"], found["cpu"]), steps,
+    )  # fmt: skip
+
+
+def uploads_table(found: Collected, workers: int) -> Table:
+    table = Table(
+        "step", "seconds", title=f"a round of {found.count:,} uploads of {PARAMETERS:,} parameters, {workers} workers"
+    )
+    table.add_row(f"PUT, {found.upload_bytes / 1e6:.1f} MB each: {found.statuses}", f"{found.seconds:.2f}")
+    table.add_row(f"  uploads a second, asked {found.asked:g}", f"{found.count / found.seconds:.1f}")
+    table.add_row("  p50 / p99 of one", f"{found.percentiles['p50']:.3f} / {found.percentiles['p99']:.3f}")
+    table.add_row("  CPU of the web server / of the load generator", f"{found.cpu[0]:.2f} / {found.cpu[1]:.2f}")
+    for label, seconds in found.steps.items():
+        table.add_row(label, f"{seconds:.3f}")
+    table.add_row("[bold]from the last upload to the next round", f"{sum(found.steps.values()):.3f}")
     return table
+
+
+def upload_rows(found: Collected, workers: int) -> list[Row]:
+    group = f"load, a round of {found.count:,} uploads, {workers} workers"
+    asked = f"asked {found.asked:g}" if found.asked else "as fast as they are taken"
+    return [
+        Row(
+            group, f"uploads of {found.upload_bytes / 1e6:.1f} MB, {asked}", found.count / found.seconds, "uploads/s",
+            note=f"p50 {found.percentiles['p50'] * 1e3:.0f} ms, p99 {found.percentiles['p99'] * 1e3:.0f} ms, "
+            f"{found.cpu[0] / found.count * 1e3:.1f} ms of the web server's CPU for one",
+        ),
+        Row(group, "from the last upload to the next round", sum(found.steps.values()), "s"),
+        Row(group, "of it, from the last sum on", found.dead_time, "s"),
+    ]  # fmt: skip
 
 
 def rounds_of(database: sqlite3.Connection) -> list[dict[int, float]]:
@@ -315,22 +400,22 @@ def main() -> None:
     parser.add_argument("--uploads", type=int, default=1000, help="in the round that is timed; 4.5 MB of disk each")
     parser.add_argument("--upload-rate", type=float, default=25, help="uploads a second; 0: as fast as they are taken")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the server that takes uploads")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
     console = Console(width=max(150, Console().width))
-    console.print(
-        f"{platform.machine()}, {os.cpu_count()} CPUs, load before {os.getloadavg()[0]:.1f}, "
-        f"Python {platform.python_version()}, NumPy {np.__version__}, SQLite {sqlite3.sqlite_version}"
-    )
+    console.print(f"{machine()}, SQLite {sqlite3.sqlite_version}")
     sections = arguments.only or SECTIONS
+    rows: list[Row] = []
     with load_generator() as load:
         if "check-ins" in sections:
-            console.print(check_ins(load, arguments.rate, arguments.seconds, arguments.places))
+            answers = check_ins(load, arguments.rate, arguments.seconds, arguments.places)
+            console.print(check_ins_table(answers))
+            rows += check_in_rows(answers)
         if "uploads" in sections:
-            console.print(uploads(load, arguments.uploads, arguments.upload_rate, arguments.workers))
-    if "aggregation" in sections:
-        console.print(share_table(count=40))
-    if "memory" in sections:
-        console.print(memory_table())
+            found = uploads(load, arguments.uploads, arguments.upload_rate, arguments.workers)
+            console.print(uploads_table(found, arguments.workers))
+            rows += upload_rows(found, arguments.workers)
+    write_rows(arguments.json, rows)
 
 
 if __name__ == "__main__":

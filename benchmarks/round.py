@@ -1,9 +1,9 @@
-"""Seconds per round and per phase of the quickstart task, and contributions aggregated per second for large updates.
+"""Seconds per round and per phase of the quickstart task.
 
-    python benchmarks/round.py [--rounds 10] [--devices 40] [--model digits-linear] [--updates 20]
+    python benchmarks/round.py [--rounds 10] [--devices 40] [--model digits-linear]
 
-Prints two tables; asserts nothing about time. Phases of devices are means over contributions; phases of the server
-come from the status history of its rounds.
+Prints a table; asserts nothing about time. Phases of devices are means over contributions; phases of the server come
+from the status history of its rounds.
 """
 
 import argparse
@@ -12,35 +12,27 @@ import platform
 import statistics
 import tempfile
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 from sqlalchemy import select
 
 from fedcompute.cli.quickstart import register, serving
 from fedcompute.cli.sample_task import POPULATION, SampleTask, build_sample
-from fedcompute.crypto.envelope import gzip_bytes, open_update, seal_update
-from fedcompute.crypto.keys import generate_key_pair
 from fedcompute.fleet.processes import Fleet
 from fedcompute.fleet.settings import FleetSettings
-from fedcompute.learning.contribution import add, empty_sum, read_contribution
-from fedcompute.learning.specification import training_process
 from fedcompute.monitoring.operator_api import OperatorApi
-from fedcompute.protos import learning_pb2
 from fedcompute.server.executors import ProcessExecutor
 from fedcompute.server.listening import listen
 from fedcompute.server.settings import RetryWindow, Settings
 from fedcompute.storage.database import Database
 from fedcompute.storage.schema import IterationStatus, iteration_status_history
-from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
-from fedcompute.tensors.tree import LeafSpec
 
-PARAMETERS = 1_199_882
 SOON = RetryWindow(0.2, 1.0)
-LIMIT = 64 << 20
 DEVICE_PHASES = {
     "assign": "check_in",
     "download": "download",
@@ -55,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--devices", type=int, default=40)
     parser.add_argument("--model", default="digits-linear")
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     console = Console()
@@ -63,11 +55,16 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, NumPy {np.__version__}"
     )
     with tempfile.TemporaryDirectory() as directory:
-        console.print(rounds_table(Path(directory), arguments.model, arguments.devices, arguments.rounds))
-    console.print(aggregation_table(arguments.updates))
+        rows = round_rows(Path(directory), arguments.model, arguments.devices, arguments.rounds)
+    title = f"quickstart task, {arguments.model}: {arguments.devices} devices, {arguments.rounds} rounds"
+    table = Table("phase", "seconds", "of", title=title)
+    for row in rows:
+        table.add_row(row.name, f"{row.value:.3f}", row.note)
+    console.print(table)
+    write_rows(arguments.json, rows)
 
 
-def rounds_table(root: Path, model: str, devices: int, rounds: int) -> Table:
+def round_rows(root: Path, model: str, devices: int, rounds: int) -> list[Row]:
     """Runs the quickstart's task and times its phases."""
     listener = listen(Settings.host, 0)
     port = listener.getsockname()[1]
@@ -88,14 +85,17 @@ def rounds_table(root: Path, model: str, devices: int, rounds: int) -> Table:
                 time.sleep(0.2)
             progress = fleet.progress
     per_round = server_phases(settings, training)
-    table = Table("phase", "seconds", "of", title=f"quickstart task, {model}: {devices} devices, {rounds} rounds")
-    for name, phase in DEVICE_PHASES.items():
-        table.add_row(
-            name, f"{progress.seconds.get(phase, 0.0) / max(1, progress.contributions):.3f}", "contribution, mean"
-        )
-    for name, seconds in per_round.items():
-        table.add_row(name, f"{statistics.median(seconds):.3f}", "round, median")
-    return table
+    count, group = max(1, progress.contributions), f"round, {model}, {devices} devices"
+    return [
+        *(
+            Row(group, name, progress.seconds.get(phase, 0.0) / count, "s", note="contribution, mean")
+            for name, phase in DEVICE_PHASES.items()
+        ),
+        *(
+            Row(group, name, statistics.median(seconds), "s", note="round, median")
+            for name, seconds in per_round.items()
+        ),
+    ]
 
 
 def server_phases(settings: Settings, task_id: int) -> dict[str, list[float]]:
@@ -123,56 +123,6 @@ def server_phases(settings: Settings, task_id: int) -> dict[str, list[float]]:
         or [float("nan")]
         for name, (start, end) in steps.items()
     }
-
-
-def aggregation_table(count: int) -> Table:
-    """Takes updates of 1.2 million parameters through decrypt, check and sum on one core."""
-    table = Table("upload", "sum", "contributions/s", "MB/s", title=f"aggregation, {PARAMETERS:,} parameters, one core")
-    generator = np.random.default_rng(0)
-    leaves = [LeafSpec("", (PARAMETERS - 10,), np.dtype(np.float32)), LeafSpec("", (10,), np.dtype(np.float32))]
-    key = generate_key_pair(datetime.now(UTC), timedelta(days=1))
-    floor: float | None = None
-    for aggregator, name in (
-        (learning_pb2.UniformMean(), "float64"),
-        (learning_pb2.FixedGaussian(clip_norm=1.0, noise_multiplier=1.0, report_goal=count), "lattice"),
-    ):
-        process = training_process(
-            algorithm=learning_pb2.LearningProcess.FED_AVG,
-            trainable=leaves,
-            non_trainable=[],
-            server_optimizer=learning_pb2.Sgd(learning_rate=1.0),
-            aggregator=aggregator,
-            metrics=[],
-        )
-        update = {
-            leaf.spec.name: np.array(1, np.int32)
-            if leaf.role == learning_pb2.UpdateLeaf.COUNT
-            else (generator.standard_normal([dim.size for dim in leaf.spec.shape.dim]) * 5e-4).astype(np.float32)
-            for leaf in process.updates
-        }
-        clip_norm = 1.0 if process.HasField("fixed_gaussian") else None
-        checkpoint = write_checkpoint(update)
-        for kind, body in (
-            ("plaintext", gzip_bytes(checkpoint)),
-            ("encrypted", gzip_bytes(seal_update(checkpoint, key.published))),
-        ):
-            start = time.perf_counter()
-            total = empty_sum(process, b"", clip_norm)
-            for _ in range(count):
-                plain = open_update(body, {key.id: key.private_key}, allow_plaintext=True, limit=LIMIT)
-                total = add(total, read_contribution(process, read_checkpoint(plain), clip_norm))
-            seconds = time.perf_counter() - start
-            table.add_row(kind, name, f"{count / seconds:.1f}", f"{count * len(checkpoint) / seconds / 1e6:.0f}")
-        if floor is None:
-            arrays = [value for value in update.values() if value.ndim]
-            sums = [np.zeros(value.shape) for value in arrays]
-            start = time.perf_counter()
-            for _ in range(count):
-                for running, value in zip(sums, arrays, strict=True):
-                    running += value
-            floor = time.perf_counter() - start
-    table.add_row("arrays in memory", "NumPy float64", f"{count / (floor or 1):.1f}", "")
-    return table
 
 
 if __name__ == "__main__":
