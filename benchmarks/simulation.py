@@ -36,6 +36,7 @@ from typing import Any
 from peers import workload
 from rich.console import Console
 from rich.table import Table
+from rows import Row, write_rows
 
 PEERS = Path(__file__).parent / "peers"
 TORCH = "torch==2.13.0"
@@ -244,6 +245,25 @@ def _ratio(other: float | None, ours: float | None) -> str:
     return "-" if other is None or ours is None else f"{other / ours:.2f}"
 
 
+def plain_rows(cells: Sequence[Cell]) -> list[Row]:
+    """Ours beside each of the others, case by case; a row without a figure where ours failed."""
+    found = []
+    for ours in (cell for cell in cells if cell.program == OURS.name):
+        case = ours.case
+        processes = "one process" if case.processes == 1 else f"{case.processes} processes"
+        name = f"{case.model}, {'DP' if case.private else 'no DP'}, {processes}"
+        note = ours.problem if ours.cold is None else f"s/round, {workload.COHORT} clients; the first {ours.cold:.2f} s"
+        others = [cell for cell in cells if cell.case == case and cell is not ours]
+        if not others or ours.seconds is None:
+            found.append(Row("simulation", name, ours.seconds, "s", note=note))
+            continue
+        for other in others:
+            against = f"{other.program}, {other.problem or f'{other.seconds:.4f} s'}"
+            ratio = None if other.seconds is None else other.seconds / ours.seconds
+            found.append(Row("simulation", name, ours.seconds, "s", against, ratio, note))
+    return found
+
+
 def versions(cells: Iterable[Cell]) -> str:
     """The versions of each program in a line."""
     parts = {cell.program: ", ".join(f"{name} {one}" for name, one in cell.versions.items()) for cell in cells}
@@ -268,6 +288,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(workload.MODELS), help="models, with commas between")
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--environments", type=Path, default=default_environments())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--prefix", default="", help="a command before every program, such as 'taskset -c 0,1'")
     arguments = parser.parse_args()
     only = arguments.only.split(",")
@@ -287,6 +308,7 @@ def main() -> None:
         console.print(table)
     console.print(versions(cells))
     console.print((__doc__ or "").partition("\n\nThe work: ")[2])
+    write_rows(arguments.json, plain_rows(cells))
 
 
 if __name__ == "__main__":

@@ -76,24 +76,26 @@ def body_of(api, hand_made, process, value):
     return api.seal(hand_made.update_of(process, [np.full(leaf.shape, value) for leaf in hand_made.initial]))
 
 
-def test_a_slow_batch_is_waited_for_though_others_reach_the_goal(run_server, hand_made, one_held):
+def test_a_slow_batch_is_waited_for_though_others_reach_the_goal(run_server, hand_made, one_held, monkeypatch):
     executor = one_held(lambda job, _: job is aggregate)
     running = run_server(executor=executor, collector_batch_size=1)
     api, process = running.api, hand_made.process_of()
     task_id = api.open_task("patient", process, goal=2, room=3)
     instructions = [api.upload_instruction(api.assignment("patient")) for _ in range(3)]
     bodies = [body_of(api, hand_made, process, value) for value in (1.0, 2.0, 6.0)]
-    # Nobody can write, so all three are there when the round is looked at.
-    with running.app.state.context.database.write():
+    context = running.app.state.context
+    # None is seen before all three are there.
+    with monkeypatch.context() as unseen:
+        unseen.setattr(context.uploads, "all", set)
         for one, body in zip(instructions, bodies, strict=True):
             assert api.upload(one, body).status_code == 200
+    context.wake()
     assert executor.reached.wait(60)
-    import time as T; T.sleep(3); print("ENDED", executor.ended, executor.reached.is_set()); print(api.task("patient", task_id)["iterations"])
     api.wait(lambda: executor.ended.count(aggregate) == 2)
     api.wait_for("patient", task_id, "AGGREGATING", iteration=1)
 
     def aggregated():
-        with running.app.state.context.database.read() as tx:
+        with context.database.read() as tx:
             return sum_batches(tx, IterationKey("patient", task_id, 1)).aggregated
 
     api.wait(lambda: aggregated() == 2)

@@ -1,5 +1,6 @@
 """Jobs on the nodes of a Ray cluster; Ray itself is joined by a process beside this one (`ray_driver`)."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -161,25 +162,24 @@ class _Member:
 
     def _kill(self) -> None:
         # Its group: a local cluster's processes end with the one that started them.
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _write(self, file: IO[bytes]) -> None:
-        try:
+        # It may be gone; whoever reads from it notices too.
+        with contextlib.suppress(OSError), file:
             file.write(json.dumps(asdict(self._cluster)).encode() + b"\n")
             file.flush()
             while (job := self._down.get()) is not None:
                 write_frame(file, Frame.JOB, *job)
-            file.close()
-        except OSError:
-            # It is gone; whoever reads from it notices too.
-            return
 
     def _read(self, file: IO[bytes]) -> None:
         try:
-            while (frame := read_frame(file)) is not None:
-                self._late.cancel()
-                self._take(*frame)
+            with file:
+                while (frame := read_frame(file)) is not None:
+                    self._late.cancel()
+                    self._take(*frame)
         except ValueError as error:
             self._failure = f"its process wrote {error}"
             self._kill()
