@@ -167,7 +167,7 @@ def stages(inputs: Inputs) -> list[Stage]:
             lifted_by="more API servers, and a store that all of them reach",
         ),
         Stage(
-            "8 API servers and 32 worker cores, which share those 8 TB", 8, 32, postgresql, 8e12, 20e9,
+            "8 API servers and 32 worker cores on 2 such machines, which share 8 TB", 8, 32, postgresql, 8e12, 20e9,
             lifted_by="an object store instead of a disk",
         ),
         Stage(

@@ -236,17 +236,18 @@ def run_devices(settings, population, shards, done):
                 transport=transport,
                 train=runner.train,
             )
-            while not over.is_set():
+            contributions = 0
+            # One to each task: where there is a place left over, an evaluation takes a device again.
+            while contributions < 2:
                 outcome = await device.run_once()
                 assert not outcome.counted, outcome
+                contributions += outcome.success
                 await asyncio.sleep(outcome.retry_window or 0.02)
 
         async def watch():
             while not await asyncio.to_thread(done):
                 await asyncio.sleep(0.05)
-            over.set()
 
-        over = asyncio.Event()
         async with Transport() as transport, asyncio.timeout(60):
             await asyncio.gather(watch(), *(live(index, x, y) for index, (x, y) in enumerate(shards)))
         runner.close()

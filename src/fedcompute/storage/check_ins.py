@@ -307,6 +307,8 @@ class _Desk:
         iterations: dict[IterationKey, IterationRow | None] = {}
         for row in rows:
             assignment = assignment_row(row)
+            if assignment.status is not AssignmentStatus.ASSIGNED:
+                continue
             key = assignment.key.iteration
             if key not in iterations:
                 iterations[key] = get_iteration(self._tx, key)
@@ -403,13 +405,10 @@ _CANDIDATES = (
 _TAKEN = select(func.count()).where(
     *(_ASSIGNMENT[name] == bindparam(name) for name in schema.ITERATION_COLUMNS), _ASSIGNMENT.status <= _PLACE_LIMIT
 )
+# Of any status: asked for one, PostgreSQL looks through all assignments that have it, as many as a round has devices.
 _REPEATABLE = (
     select(schema.assignment, _KEYS.key_hash)
     .join(schema.idempotency, _KEYS.session_id == _ASSIGNMENT.session_id)
-    .where(
-        _KEYS.key_hash.in_(bindparam("hashes", expanding=True)),
-        _KEYS.expires > bindparam("now"),
-        _ASSIGNMENT.status == int(AssignmentStatus.ASSIGNED),
-    )
+    .where(_KEYS.key_hash.in_(bindparam("hashes", expanding=True)), _KEYS.expires > bindparam("now"))
 )
 _FORGET = delete(schema.idempotency).where(_KEYS.key_hash.in_(bindparam("hashes", expanding=True)))

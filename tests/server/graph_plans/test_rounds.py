@@ -263,13 +263,15 @@ def test_an_update_that_runs_again_keeps_what_the_first_one_released(graphs, tmp
     ids=["kind", "operation"],
 )
 def test_a_plan_that_cannot_run_fails_its_task_with_the_reason(api, graphs, hand_made, make, word):
-    _, found = create(
-        api, f"graphs-refused-{word}", make(graphs).SerializeToString(), hand_made.client_plan(),
+    population = f"graphs-refused-{word}"
+    task_id, found = create(
+        api, population, make(graphs).SerializeToString(), hand_made.client_plan(),
         write_checkpoint(graphs.initial_state()), goal=1,
     )  # fmt: skip
     assert found["task"]["status"] == "FAILED"
     assert found["failure"]["code"] == Reason.PLAN_UNSUPPORTED.value
-    assert word in found["failure"]["message"]
+    # The message is stored a moment after the status.
+    api.wait(lambda: word in api.task(population, task_id)["failure"]["message"])
 
 
 def plan_with(graphs, operation):

@@ -4,20 +4,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 
 from fedcompute.builder.preparation import PreparedTask
 from fedcompute.fleet.simulation.client_data import ClientData
 from fedcompute.fleet.simulation.cohorts import cohorts, slices
 from fedcompute.fleet.simulation.local_training import LocalTraining
-from fedcompute.fleet.simulation.slice_sums import SumSlices, slice_sum, width_of
+from fedcompute.fleet.simulation.slice_sums import SliceSum, SumSlices, slice_sum, width_of
 from fedcompute.learning.noise_state import begin_noise
 from fedcompute.learning.process import client_checkpoint, round_update
 from fedcompute.learning.specification import evaluation_process, initial_state
 from fedcompute.privacy.composition import TaskReleases, epsilon
 from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.noise import NoiseSource, SeededNoise, SilentNoise
-from fedcompute.tensors.partial_sum import merge
+from fedcompute.tensors.partial_sum import PartialSum, merge
 from fedcompute.tensors.tree import Tensors
 
 # Held-out examples are measured in batches of this size: no metric depends on it.
@@ -94,16 +93,24 @@ def simulate(
         yield SimulatedRound(0, 0.0, 0, {}, measure(state), state, ())
     for number in range(1, rounds + 1):
         start = time.perf_counter()
-        found = list(sums(client_checkpoint(process, state), slices(next(chosen), width_of(process))))
-        total = reduce(merge, (one.total for one in found))
+        total, rejected = _summed(sums(client_checkpoint(process, state), slices(next(chosen), width_of(process))))
         result = round_update(process, state, total, noise)
         state, metrics = result.state, dict(result.metrics)
         seconds = time.perf_counter() - start
         if measure is not None and (number % every == 0 or number == rounds):
             metrics |= measure(state)
-        rejected = sum((Counter(one.rejected) for one in found), Counter())
         events = (*result.events, *result.metric_events)
         yield SimulatedRound(number, seconds, total.num_inputs, rejected, metrics, state, events)
+
+
+def _summed(found: Iterator[SliceSum]) -> tuple[PartialSum, Counter[str]]:
+    """The sum of all slices in order, merged as they come, and the rejections."""
+    first = next(found)
+    total, rejected = first.total, Counter(first.rejected)
+    for one in found:
+        total = merge(total, one.total)
+        rejected.update(one.rejected)
+    return total, rejected
 
 
 def spent(task: PreparedTask, releases: Sequence[Sequence[Event]]) -> float | None:
