@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from fedcompute.crypto.envelope import gzip_bytes, seal_update
+from fedcompute.crypto.envelope import gzip_bytes, open_update, seal_update
 from fedcompute.crypto.keys import generate_key_pair
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import initial_state, training_process
@@ -86,4 +86,39 @@ def test_threads_that_unpack_ahead_change_neither_the_sum_nor_the_refusals(batch
         sums.append((tmp_path / AGGREGATED / "sum").read_bytes())
     assert results[0] == results[1] == results[2]
     assert [one.session_id for one in results[0].rejected] == [f"session {index}" for index in (1, 4, 7)]
+    assert sums[0] == sums[1] == sums[2]
+
+
+@pytest.mark.parametrize("unpackers", [1, 2])
+def test_uploads_that_are_refused_leave_no_bit_in_the_sum_of_the_others(batch, tmp_path, unpackers):
+    store = open_blob_store(tmp_path.as_uri())
+    cut_off = store.get(GRADIENT, "0", 1 << 24)[:-100]
+    for place, body in enumerate((cut_off, write_checkpoint({"a": np.ones(3)}), b"\x1f\x8b")):
+        store.put(GRADIENT, f"bad-{place}", body)
+    clean = batch(KINDS, unpackers=unpackers)
+    mixed = [pair for place in range(KINDS) for pair in ((f"bad {place}", f"bad-{place}"), clean.uploads[place])]
+    sums = []
+    for uploads in (clean.uploads, (*mixed, ("gone", "nothing"))):
+        result = aggregate(replace(clean, uploads=uploads))
+        sums.append((tmp_path / AGGREGATED / "sum").read_bytes())
+    assert result.accepted == KINDS
+    assert [one.session_id for one in result.rejected] == ["bad 0", "bad 1", "bad 2", "gone"]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("unpackers", [1, 2])
+def test_plaintext_uploads_count_the_same_with_and_without_gzip(batch, tmp_path, unpackers):
+    # Those without are read into the same memory one after the other, over each other's leaves.
+    store = open_blob_store(tmp_path.as_uri())
+    keys = batch(0).private_keys
+    plain = [
+        open_update(store.get(GRADIENT, str(kind), 1 << 24), keys, allow_plaintext=False, limit=1 << 24)
+        for kind in range(KINDS)
+    ]
+    sums = []
+    for bodies in (plain, [plain[0], gzip_bytes(plain[1]), plain[2]], [gzip_bytes(one) for one in plain]):
+        for kind, body in enumerate(bodies):
+            store.put(GRADIENT, str(kind), body)
+        assert aggregate(batch(2 * KINDS, allow_plaintext=True, unpackers=unpackers)).accepted == 2 * KINDS
+        sums.append((tmp_path / AGGREGATED / "sum").read_bytes())
     assert sums[0] == sums[1] == sums[2]
