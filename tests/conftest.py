@@ -26,6 +26,7 @@ import pytest
 os.environ["FEDCOMPUTE_CACHE_DIR"] = ""
 # Hundreds of programs are started: what the first one compiles, the others load.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _START_SECONDS = 60
 # Nothing of it is worth a write to the disk; other tests want the memory.
@@ -49,7 +50,7 @@ _LONGEST_FIRST = (
     "tests/cli/test_quickstart.py",
     "tests/cli/test_api_keys.py",
     "tests/browser/",
-    "tests/server/test_release_recovery.py",
+    "tests/server/test_fuzz.py",
     "tests/test_docs.py",
     "tests/cli/test_task",
     "tests/end_to_end/",

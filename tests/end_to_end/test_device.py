@@ -2,6 +2,7 @@
 own.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -147,12 +148,12 @@ def device(tmp_path, world):
 def children(parent):
     """Process id -> command line of the processes that `parent` has started."""
     found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                found[int(process.name)] = (process / "cmdline").read_text()
-        except (OSError, IndexError):
-            continue
+    for listing in Path(f"/proc/{parent}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= dict.fromkeys(map(int, listing.read_text().split()), "")
+    for process in found:
+        with contextlib.suppress(OSError):
+            found[process] = Path(f"/proc/{process}/cmdline").read_text()
     return found
 
 

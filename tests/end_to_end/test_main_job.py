@@ -128,13 +128,19 @@ def run_devices(settings, population, shards, done):
                 transport=transport,
                 train=runner.train,
             )
-            while not await asyncio.to_thread(done):
+            while not over.is_set():
                 outcome = await device.run_once()
                 outcomes[outcome.reason or "contributed"] += 1
                 await asyncio.sleep(outcome.retry_window or 0.02)
 
+        async def watch():
+            while not await asyncio.to_thread(done):
+                await asyncio.sleep(0.05)
+            over.set()
+
+        over = asyncio.Event()
         async with Transport() as transport, asyncio.timeout(120):
-            await asyncio.gather(*(live(index, x, y) for index, (x, y) in enumerate(shards)))
+            await asyncio.gather(watch(), *(live(index, x, y) for index, (x, y) in enumerate(shards)))
         runner.close()
         return outcomes
 

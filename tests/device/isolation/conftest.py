@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,15 @@ from fedcompute.device.isolation.frames import encode
 from fedcompute.device.isolation.messages import HOOKS
 from fedcompute.device.isolation.probe import probe
 from fedcompute.device.isolation.sandbox import Restriction
+from fedcompute.device.isolation.trainer import IsolatedTrainer
 from fedcompute.device.isolation.worker_call import Called, Service, WorkerFailed, call_worker
 from fedcompute.device.owner import Owner
 from fedcompute.device.state.apps import App
 from fedcompute.device.state.database import DeviceDatabase
+from fedcompute.errors import DeviceRunFailed, Reason
+from fedcompute.protos import plan_pb2
+from fedcompute.protos.example_query_result_pb2 import ExampleQueryResult
+from fedcompute.tensors.checkpoint import read_checkpoint
 
 MEBIBYTE = 1 << 20
 SECONDS = 60
@@ -321,3 +326,66 @@ def device(tmp_path, confined, processes):
     device = Device(tmp_path)
     yield device
     device.database.close()
+
+
+@pytest.fixture(scope="session")
+def query_plan() -> plan_pb2.ClientOnlyPlan:
+    """A plan that TensorFlow is not needed for; its update is the vector `v` of the one example."""
+    plan = plan_pb2.ClientOnlyPlan()
+    query = plan.phase.example_query_spec.example_queries.add()
+    query.output_vector_specs["v"].vector_name = "v"
+    query.output_vector_specs["v"].data_type = plan_pb2.ExampleQuerySpec.OutputVectorSpec.DataType.INT64
+    plan.phase.federated_example_query.aggregations["v"].tf_v1_checkpoint_aggregation.SetInParent()
+    return plan
+
+
+def query_example(value: int) -> bytes:
+    result = ExampleQueryResult()
+    result.vector_data.vectors["v"].int64_values.value.append(value)
+    return result.SerializeToString()
+
+
+@pytest.fixture
+def answered(query_plan):
+    """`await answered(trainer, value)`: whether a training that needs no TensorFlow gives what it should."""
+
+    async def run(trainer: IsolatedTrainer, value: int, owner: str = "owner") -> bool:
+        result = await trainer.train(owner, query_plan, b"", [query_example(value)])
+        return read_checkpoint(result.update)["v"].tolist() == [value]
+
+    return run
+
+
+@pytest.fixture
+def aborted():
+    """`await aborted(training)`: the detail of a training that fails as TRAINING_ABORTED."""
+
+    async def run(awaitable: Any) -> str:
+        with pytest.raises(DeviceRunFailed) as caught:
+            await awaitable
+        assert caught.value.reason is Reason.TRAINING_ABORTED
+        return caught.value.detail
+
+    return run
+
+
+@pytest.fixture
+def light(tmp_path, processes):
+    """`light(scenario, **options)` runs `scenario(trainer)`; nothing is left behind then."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    async def run(scenario: Callable[[IsolatedTrainer], Any], options: dict[str, Any]) -> Any:
+        trainer = IsolatedTrainer(scratch, **options)
+        try:
+            return await scenario(trainer)
+        finally:
+            await trainer.close()
+            assert trainer.pid is None
+
+    def go(scenario: Callable[[IsolatedTrainer], Any], **options: Any) -> Any:
+        result = asyncio.run(run(scenario, options))
+        assert list(scratch.iterdir()) == []
+        return result
+
+    return go

@@ -1,4 +1,4 @@
-"""What runs when, and what does not: a scheduler on a virtual clock with runs that end as the test says."""
+"""What runs when, and what does not."""
 
 import asyncio
 import random
@@ -7,19 +7,16 @@ from dataclasses import replace
 import pytest
 
 from fedcompute.device.client.runtime import RunOutcome
-from fedcompute.device.jobs import background, scheduler
-from fedcompute.device.jobs.background import BackgroundJob
-from fedcompute.device.jobs.conditions import Conditions, Constraint
+from fedcompute.device.jobs.conditions import Conditions
 from fedcompute.device.jobs.events import EventKind, describe
 from fedcompute.device.jobs.flags import Flags, put_flag
-from fedcompute.device.jobs.scheduler import JobScheduler
 from fedcompute.device.owner import Owner
 from fedcompute.device.state import tasks
 from fedcompute.device.state.database import DeviceDatabase
 from fedcompute.device.state.history import Contribution, TaskHistory
 from fedcompute.device.state.settings import set_consent
 from fedcompute.device.state.tasks import Removal, ScheduleRequest
-from fedcompute.errors import DeviceRunFailed, OperationFailed, Reason
+from fedcompute.errors import DeviceRunFailed, Reason
 
 NOW = 1_700_000_000_000
 MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
@@ -29,71 +26,6 @@ SUCCESS = RunOutcome(success=True, phase="done")
 
 def failure(reason="server_answer_invalid", counted=True, window=None):
     return RunOutcome(success=False, phase="check_in", reason=reason, counted=counted, retry_window=window)
-
-
-class Bench:
-    """A device's file, a clock, and a scheduler whose runs do what `run` says."""
-
-    def __init__(self):
-        self.database = DeviceDatabase()
-        self.now = NOW
-        self.conditions = Conditions()
-        self.events = []
-        self.ran = []
-        self.outcomes = {}
-        self.background = {}
-        self.restart()
-
-    def restart(self):
-        self.scheduler = JobScheduler(
-            self.database, self.run, self.background, lambda: self.conditions, lambda: self.now,
-            random.Random(1), self.events.append,
-        )  # fmt: skip
-        self.scheduler.start()
-
-    async def run(self, task):
-        self.ran.append(task.population)
-        outcome = self.outcomes.get(task.population, SUCCESS)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return await outcome(task) if callable(outcome) else outcome
-
-    def schedule(self, population="digits", **request):
-        with self.database.write() as tx:
-            request = ScheduleRequest(OWNER, population, "https://learn.example", **request)
-            assert tasks.schedule(tx, request, self.now, Flags()) is None
-
-    def cancel(self, population="digits"):
-        with self.database.write() as tx:
-            tasks.cancel(tx, OWNER, population)
-
-    def force(self, population="digits"):
-        with self.database.write() as tx:
-            tasks.force(tx, OWNER.job_id(population))
-
-    def flag(self, name, text):
-        with self.database.write() as tx:
-            put_flag(tx, name, text)
-
-    def task(self, population="digits"):
-        with self.database.read() as tx:
-            return tasks.find(tx, OWNER.job_id(population))
-
-    def at(self, now):
-        """Whether something ran at a time."""
-        self.now = now
-        return asyncio.run(self.scheduler.run_due())
-
-    def told(self, *kinds):
-        return [(event.kind.value, event.job, event.reason or event.detail) for event in self.events
-                if not kinds or event.kind in kinds]  # fmt: skip
-
-
-@pytest.fixture
-def bench():
-    made = Bench()
-    yield made
-    made.database.close()
 
 
 def test_a_task_runs_when_it_is_due_and_no_sooner(bench):
@@ -471,8 +403,7 @@ def test_a_kill_switch_stops_even_forced_tasks_and_keeps_them(bench, switch):
     assert bench.ran == ["digits"]
 
 
-def test_what_another_process_writes_is_seen(tmp_path):
-    bench = Bench()
+def test_what_another_process_writes_is_seen(bench, tmp_path):
     bench.database.close()
     bench.database = DeviceDatabase(tmp_path / "device.db")
     bench.restart()
@@ -491,123 +422,3 @@ def test_what_another_process_writes_is_seen(tmp_path):
         tasks.cancel(tx, OWNER, "digits")
     assert bench.scheduler.next_time() is None
     other.close()
-    bench.database.close()
-
-
-class Jobs:
-    """Background jobs that note their work."""
-
-    def __init__(self, bench):
-        self.bench, self.done, self.error = bench, [], None
-        for name, period, constraints, switches in (
-            ("clean", DAY, frozenset({Constraint.IDLE}), ("global_kill_switch",)),
-            ("fetch", 4 * HOUR, frozenset(), ("federated_compute_kill_switch",)),
-            ("reset_data", None, frozenset(), ()),
-        ):
-            bench.background[name] = BackgroundJob(name, 1, period, constraints, self.work(name), switches)
-        bench.restart()
-
-    def work(self, name):
-        async def work():
-            self.done.append((name, self.bench.now))
-            self.bench.now += 7
-            if self.error is not None:
-                raise self.error
-
-        return work
-
-
-@pytest.fixture
-def jobs(bench):
-    return Jobs(bench)
-
-
-def test_background_jobs_run_when_due_and_again_a_period_after_their_start(bench, jobs):
-    for now in (NOW, NOW + 10, NOW + 20, NOW + 4 * HOUR - 1, NOW + 4 * HOUR, NOW + DAY, NOW + DAY + 10):
-        bench.at(now)
-    assert jobs.done == [
-        ("clean", NOW), ("fetch", NOW + 10), ("fetch", NOW + DAY), ("clean", NOW + DAY + 10),
-    ]  # fmt: skip
-    assert bench.scheduler.next_time() == NOW + DAY + 4 * HOUR
-    assert bench.told()[:2] == [("started", "clean", ""), ("ended", "clean", "")]
-    assert bench.events[1].earliest_run == NOW + DAY
-
-
-def test_a_background_job_waits_for_its_own_constraints(bench, jobs):
-    bench.conditions = Conditions(idle=False, network=False)
-    assert bench.at(NOW)
-    assert not bench.at(NOW + 10)
-    assert jobs.done == [("fetch", NOW)]
-    assert bench.scheduler.next_time() == NOW + 10 + MINUTE
-    bench.conditions = Conditions()
-    assert bench.scheduler.next_time() == NOW
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"), [(OperationFailed(Reason.STORAGE_FAILED, "full"), "storage_failed"), (KeyError(1), "internal")]
-)
-def test_a_background_job_that_fails_is_told_and_waits_for_its_period(bench, jobs, error, reason):
-    jobs.error = error
-    assert bench.at(NOW)
-    assert bench.events[-1].reason == reason
-    assert bench.events[-1].earliest_run == NOW + DAY
-
-
-def test_a_background_job_that_hangs_is_stopped(bench, jobs, monkeypatch):
-    monkeypatch.setattr(scheduler, "_BACKGROUND_SECONDS", 0.01)
-
-    async def hang():
-        await asyncio.sleep(60)
-
-    bench.background["clean"] = replace(bench.background["clean"], work=hang)
-    assert bench.at(NOW)
-    assert (bench.events[-1].job, bench.events[-1].reason) == ("clean", "stopped")
-    assert bench.events[-1].earliest_run == NOW + DAY
-
-
-def test_a_kill_switch_stops_its_jobs_and_never_the_wipe(bench, jobs):
-    for switch in ("federated_compute_kill_switch", "global_kill_switch"):
-        bench.flag(switch, "true")
-    with bench.database.write() as tx:
-        set_consent(tx, "measurement", False, NOW)
-    assert not bench.at(NOW)
-    assert bench.scheduler.next_time() == NOW + MINUTE
-    assert bench.at(NOW + DAY)
-    assert not bench.at(NOW + DAY + 10)
-    assert jobs.done == [("reset_data", NOW + DAY)]
-
-
-def test_background_jobs_do_not_run_beside_a_task_and_turn_none_away(bench, jobs):
-    for now in (NOW, NOW + 10):
-        bench.at(now)
-    jobs.done.clear()
-    bench.schedule()
-    bench.force()
-
-    async def fetch_meanwhile(task):
-        with bench.database.write() as tx:
-            background.force(tx, "fetch")
-        assert not await bench.scheduler.run_due()
-        return SUCCESS
-
-    bench.outcomes["digits"] = fetch_meanwhile
-    assert bench.at(NOW + MINUTE)
-    assert jobs.done == []
-
-    async def schedule_meanwhile():
-        bench.schedule("other")
-        bench.force("other")
-        assert not await bench.scheduler.run_due()
-
-    bench.background["fetch"] = replace(bench.background["fetch"], work=schedule_meanwhile)
-    assert bench.at(NOW + MINUTE)
-    assert bench.at(NOW + MINUTE)
-    assert bench.ran == ["digits", "other"]
-
-
-def test_after_a_restart_background_jobs_keep_their_times(bench, jobs):
-    bench.at(NOW)
-    bench.now = NOW + HOUR
-    bench.restart()
-    with bench.database.read() as tx:
-        assert background.earliest_runs(tx) == [("fetch", NOW), ("clean", NOW + DAY)]
