@@ -21,6 +21,7 @@ from fedcompute.storage.batches import list_batches
 from fedcompute.storage.database import Database, lock_population
 from fedcompute.storage.iterations import get_iteration
 from fedcompute.storage.keys import IterationKey
+from fedcompute.storage.paths import updates_prefix
 from fedcompute.storage.schema import AssignmentStatus, BatchStatus, IterationStatus
 from fedcompute.storage.tasks import cancel_task
 
@@ -68,7 +69,7 @@ def test_an_engine_with_a_stale_row_adds_no_batch_to_a_round_that_has_closed(sta
     api, process = running.api, hand_made.process_of()
     task_id = api.open_task("stale", process, goal=1, room=3)
     key = IterationKey("stale", task_id, 1)
-    second.uploads.add(session := reported(api, "stale"))
+    second.uploads.add(session := reported(api, "stale"), updates_prefix(key.task, 1))
     collecting = row_of(second, key)
     api.contribute("stale", body=body_of(api, hand_made, process))
     api.wait_for("stale", task_id, "APPLYING", iteration=1)
@@ -87,7 +88,7 @@ def test_an_engine_that_meets_the_end_of_a_round_waits_for_it_and_then_adds_noth
     running, _, second, _ = start(None)
     task_id = running.api.open_task("ended", hand_made.process_of(), goal=1, room=3)
     key = IterationKey("ended", task_id, 1)
-    second.uploads.add(reported(running.api, "ended"))
+    second.uploads.add(reported(running.api, "ended"), updates_prefix(key.task, 1))
     collecting = row_of(second, key)
     with ThreadPoolExecutor(1) as other:
         with running.app.state.context.database.write() as tx:

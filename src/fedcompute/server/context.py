@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from fedcompute.crypto.sealing import Sealer
 from fedcompute.protos import plan_pb2
+from fedcompute.server.arrivals import Uploads
 from fedcompute.server.measures import Measures
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
@@ -33,32 +34,6 @@ _CACHED_PLANS = 256
 _REPORT_THREADS = 16
 # Whole ledgers may take a minute; who asks for one waits without holding a thread that other requests need.
 _LEDGER_THREADS = 1
-
-
-class Uploads:
-    """Sessions whose upload has been seen in the store and is not collected yet. A hint, rebuilt after a restart."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sessions: set[str] = set()
-
-    def add(self, session_id: str) -> None:
-        with self._lock:
-            self._sessions.add(session_id)
-
-    def discard(self, session_ids: Iterable[str]) -> None:
-        with self._lock:
-            self._sessions.difference_update(session_ids)
-
-    def among(self, session_ids: list[str]) -> list[str]:
-        """Returns those of `session_ids` that are here, in their order."""
-        with self._lock:
-            return [one for one in session_ids if one in self._sessions]
-
-    def all(self) -> set[str]:
-        """Returns every session here."""
-        with self._lock:
-            return set(self._sessions)
 
 
 class Plans:

@@ -23,6 +23,7 @@ from fedcompute import tracing
 from fedcompute.errors import FedComputeError, OperationFailed, Reason
 from fedcompute.server.logs import Logs, bound, configure_logging, current_logs, facts
 from fedcompute.server.settings import PROCESSES, RAY, RAY_ADDRESS
+from fedcompute.server.worker_memory import keep_freed_memory
 
 _LOG = logging.getLogger(__name__)
 # How long idle workers have to leave by themselves.
@@ -226,6 +227,7 @@ def with_spans(origin: tracing.Origin, job: Callable[[Any], Any], argument: Any)
 def _enter_worker(logs: Logs | None) -> None:
     if logs is not None:
         configure_logging(logs)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A pool that is told to stop terminates its workers; the default action is what ends them at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

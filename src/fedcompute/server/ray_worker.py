@@ -17,6 +17,7 @@ from fedcompute.crypto.hpke import open_sealed, seal
 from fedcompute.server.executors import Failure, guarded, import_jobs, with_facts, with_spans
 from fedcompute.server.job_data import decode_data, encode_data, named
 from fedcompute.server.logs import Logs, bound, facts
+from fedcompute.server.worker_memory import keep_freed_memory
 from fedcompute.tracing import Origin
 
 _INFO = b"fedcompute: jobs on other machines, version 1"
@@ -90,6 +91,7 @@ class Worker:
 
     def __init__(self, asker: bytes) -> None:
         """`asker`: public key of the process that gets the results."""
+        keep_freed_memory()
         import_jobs(None)
         self._asker = asker
         self._box = Box()

@@ -15,8 +15,6 @@ from fedcompute.storage.database import Transaction
 from fedcompute.storage.keys import AssignmentKey, BatchKey, IterationKey
 from fedcompute.storage.schema import AssignmentStatus, BatchStatus
 
-LIST_LIMIT = 10_000
-
 
 @dataclass(frozen=True)
 class BatchRow:
@@ -97,9 +95,9 @@ def list_batches(
     iteration: IterationKey,
     *,
     statuses: Collection[BatchStatus] | None = None,
-    limit: int = LIST_LIMIT,
+    limit: int | None = None,
 ) -> list[BatchRow]:
-    """An iteration's batches in a fixed order (creation, then id), at most `limit`."""
+    """An iteration's batches in a fixed order (creation, then id); all, or the first `limit`."""
     table = schema.aggregation_batch
     query = (
         select(table)

@@ -69,7 +69,7 @@ def _values(context: Context, key: TaskKey, iteration_id: int, query: QueryParam
             raise RequestRejected(Reason.NOT_FOUND, f"task {key} has no round {iteration_id}")
         newest = attempts[-1]
         timelines = {one.key: round_timeline(tx, one.key) for one in attempts}
-        batches = list_batches(tx, newest.key)[:_BATCHES]
+        batches = list_batches(tx, newest.key, limit=_BATCHES)
         sessions = assignments_page(tx, newest.key, status=status, after=after, limit=PAGE + 1)
         metrics = metrics_of(tx, key, after=iteration_id - 1, last=iteration_id)
         entries = round_entries(tx, key, iteration_id)

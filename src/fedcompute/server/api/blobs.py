@@ -38,7 +38,7 @@ async def get_blob(request: Request) -> Response:
 
 
 async def put_blob(request: Request) -> Response:
-    """PUT of a signed URL: stores the body whole or not at all, answers 200 without a body and wakes the engine."""
+    """PUT of a signed URL: stores the body whole or not at all, answers 200 without a body and may wake the engine."""
     bucket, path = _granted(request)
     if bucket != GRADIENT:
         await _put(request, bucket, path)
@@ -73,7 +73,9 @@ async def _put(request: Request, bucket: str, path: str) -> int:
     context.measures.uploaded(size)
     # Without an engine here nobody would take it out again; the one elsewhere looks into the store.
     if bucket == GRADIENT and context.settings.runs_engine:
-        context.uploads.add(path.split("/")[4])
+        folder, session_id, _ = path.rsplit("/", 2)
+        if not context.uploads.add(session_id, folder):
+            return size
     context.wake()
     return size
 

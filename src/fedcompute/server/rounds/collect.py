@@ -54,25 +54,30 @@ _FOLDER_LIMIT = 1_000_000
 def collect(context: Context, iteration: IterationRow) -> bool:
     """One look at a COLLECTING iteration; True if anything changed."""
     changed = run_batches(context, iteration)
-    arrived = _seen(context, iteration)
+    folder, seen = updates_prefix(iteration.key.task, iteration.result_id), context.uploads.all()
     capped = _fixed_denominator(context, iteration)
     with context.database.read() as tx:
+        # Takes as long as there are such uploads, not as there are devices in the round.
+        arrived = uploading_among(tx, iteration.key, seen) if seen else []
         closes = sum_batches(tx, iteration.key).expected >= iteration.report_goal
-        if not (arrived or closes or _groups(context, tx, iteration, capped)):
-            return changed
+        if not (arrived or closes):
+            groups, lacking = _groups(context, tx, iteration, capped)
+            if not groups:
+                return context.uploads.wait_for(folder, lacking, seen) or changed
     with context.database.write() as tx:
         if not _still(tx, iteration):
             return changed
         moved = mark_uploaded(tx, iteration.key, arrived, now()) if arrived else []
         changed |= bool(moved)
-        for group in _groups(context, tx, iteration, capped):
+        groups, lacking = _groups(context, tx, iteration, capped)
+        for group in groups:
             changed |= create_batch(tx, iteration.key, group, now()) is not None
         for batch in list_batches(tx, iteration.key, statuses=[BatchStatus.FULL]):
             changed |= publish_batch(tx, batch.key, now())
         if sum_batches(tx, iteration.key).expected >= iteration.report_goal:
             changed |= move_iteration(tx, iteration.key, IterationStatus.COLLECTING, IterationStatus.AGGREGATING, now())
     context.uploads.discard(arrived)
-    return changed
+    return context.uploads.wait_for(folder, lacking, seen) or changed
 
 
 def finish_aggregating(context: Context, iteration: IterationRow) -> bool:
@@ -129,7 +134,7 @@ def time_out(context: Context) -> bool:
         sessions = uploading(tx)
     for iteration in unclosed:
         for session_id in _arrived(context, iteration, sessions.get(iteration.key, set()) - seen):
-            context.uploads.add(session_id)
+            context.uploads.add(session_id, updates_prefix(iteration.key.task, iteration.result_id))
     waiting = set().union(*(sessions.get(one.key, set()) for one in unclosed))
     context.uploads.discard(seen - waiting)
     stored = context.uploads.among(sorted(waiting))
@@ -157,23 +162,9 @@ def _still(tx: Transaction, iteration: IterationRow) -> bool:
     return present is not None and present.status is iteration.status
 
 
-def _seen(context: Context, iteration: IterationRow) -> list[str]:
-    """The round's sessions whose upload was seen and is not collected yet.
-
-    Takes as long as there are such uploads, not as there are devices in the round.
-    """
-    seen = context.uploads.all()
-    if not seen:
-        return []
-    with context.database.read() as tx:
-        return uploading_among(tx, iteration.key, seen)
-
-
-def _groups(context: Context, tx: Transaction, iteration: IterationRow, capped: bool) -> list[list[str]]:
-    """The batches that can be made now of collected uploads."""
+def _groups(context: Context, tx: Transaction, iteration: IterationRow, capped: bool) -> tuple[list[list[str]], int]:
+    """The batches that can be made now of collected uploads, and how many more uploads the next one takes."""
     ready = [row.key.session_id for row in unbatched(tx, iteration.key, limit=_ROUND_LIMIT)]
-    if not ready:
-        return []
     sums = sum_batches(tx, iteration.key)
     committed = sums.full + sums.expected
     missing = max(0, iteration.report_goal - committed)
@@ -181,15 +172,16 @@ def _groups(context: Context, tx: Transaction, iteration: IterationRow, capped: 
         # The mean divides by the goal whatever arrives, so more than the goal would bias it; the rest stands by for
         # contributions that turn out bad.
         ready = ready[:missing]
-    groups = []
-    while ready:
+    groups: list[list[str]] = []
+    while True:
         size = batch_size(context.settings.collector_batch_size, missing)
-        if len(ready) < size and len(ready) < missing:
-            break
+        # Where nothing is missing any more, one that comes late still counts.
+        least = size if missing else 1
+        if len(ready) < least:
+            return groups, least - len(ready)
         group, ready = ready[:size], ready[size:]
         missing = max(0, missing - len(group))
         groups.append(group)
-    return groups
 
 
 def batch_size(most: int, missing: int) -> int:

@@ -22,6 +22,7 @@ from fedcompute.storage.audit import forget_strangers
 from fedcompute.storage.check_ins import forget_idempotency
 from fedcompute.storage.iterations import IterationRow, busy_iterations, list_iterations, tasks_to_advance
 from fedcompute.storage.leases import forget_expired_leases
+from fedcompute.storage.paths import updates_prefix
 from fedcompute.storage.request_minutes import forget_request_minutes
 from fedcompute.storage.schema import ACTIVE_ITERATION, IterationStatus, TaskStatus
 from fedcompute.storage.tasks import LIST_LIMIT, TaskRow, list_tasks
@@ -79,6 +80,7 @@ class Passes:
             busy = busy_iterations(tx, context.uploads.all())
         context.jobs.retain({one.key for one in rounds}, {task.key for task in [*created, *idle]})
         forget_preparations(context, {one.key for one in rounds})
+        context.uploads.retain({updates_prefix(one.key.task, one.result_id) for one in rounds})
         changed |= self._each(
             (f"the cost of {one.key}", partial(within_round, context, one.key, partial(look_ahead, context, one)))
             for one in rounds
