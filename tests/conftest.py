@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,10 @@ def write_ledger():
     return write
 
 
+# Fewer than any client of a store tries again, so that no draw fails a test.
+MOST_IN_A_ROW = 3
+
+
 class ObjectStore:
     """An S3 server on loopback, in threads of the test process, that keeps its objects in memory."""
 
@@ -343,11 +348,10 @@ class ObjectStore:
         self._answer = DomainDispatcherApplication(create_backend_app)
         self.ignores_conditions = False  # as S3 servers of other makers may
         self.outages = 0  # requests that get a 503
-        self.failure_rate = 0.0  # share of requests that get a 500, by a fixed draw
+        self.failure_rate = 0.0  # share of requests that get a 500
         self.loss_rate = 0.0  # share of requests that are carried out and get a 500
         self._random = random.Random(7)
-        self.failure_rate = 0.0  # of requests that get a 500, half of them after they were carried out
-        self._chance = random.Random(7)
+        self._in_a_row: Counter[tuple[str, str]] = Counter()  # bad answers to one question
         self._server = make_server("127.0.0.1", 0, self._app, threaded=True)
         # Devices refuse http://127.0.0.1.
         self.url = f"http://localhost:{self._server.server_port}"
@@ -385,18 +389,14 @@ class ObjectStore:
             self.outages -= 1
             start_response("503 Slow Down", [("content-length", "0")])
             return [b""]
-        if self._random.random() < self.failure_rate:
+        question = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if self._in_a_row[question] < MOST_IN_A_ROW and self._random.random() < self.failure_rate + self.loss_rate:
+            self._in_a_row[question] += 1
+            if self.loss_rate:
+                list(self._answer(environ, lambda *_: None))
             start_response("500 Internal Error", [("content-length", "0")])
             return [b""]
-        if self._chance.random() < self.failure_rate:
-            if self._chance.random() < 0.5:
-                b"".join(self._answer(environ, lambda *_: None))
-            start_response("500 Internal Server Error", [("content-length", "0")])
-            return [b""]
-        if self._random.random() < self.loss_rate:
-            list(self._answer(environ, lambda *_: None))
-            start_response("500 Internal Error", [("content-length", "0")])
-            return [b""]
+        self._in_a_row.pop(question, None)
         if self.ignores_conditions:
             environ.pop("HTTP_IF_NONE_MATCH", None)
         return self._answer(environ, start_response)

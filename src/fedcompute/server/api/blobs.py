@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from fedcompute.errors import Reason, RequestRejected
+from fedcompute.errors import OperationFailed, Reason, RequestRejected
 from fedcompute.server.api.admission import UPLOAD_S, persistently
 from fedcompute.server.api.paths import TemplateRoute, number
 from fedcompute.server.context import Context, context_of
@@ -56,7 +56,8 @@ async def _put(request: Request, bucket: str, path: str) -> int:
     if declared_length(request) == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
     chunks = bounded_stream(request, limit)
-    if not await persistently(UPLOAD_S, context.report_threads, partial(_still_wanted, context, bucket, path)):
+    still_wanted = partial(_still_wanted, context, bucket, path)
+    if not await persistently(UPLOAD_S, context.report_threads, still_wanted):
         # A repetition of an upload that has been collected: its device needs to hear that all is well.
         async for _ in chunks:
             pass
@@ -68,6 +69,11 @@ async def _put(request: Request, bucket: str, path: str) -> int:
             size = await context.blobs.put_stream(bucket, path, chunks, limit)
     except TimeoutError:
         raise RequestRejected(Reason.REQUEST_TOO_SLOW, f"the body did not come within {longest:g} s") from None
+    except OperationFailed:
+        # Where only the store's answer was lost, the engine may have found the upload there and used it.
+        if await persistently(UPLOAD_S, context.report_threads, still_wanted):
+            raise
+        return 0
     if size == 0:
         raise RequestRejected(Reason.MALFORMED_REQUEST, "the body is empty")
     context.measures.uploaded(size)
