@@ -103,12 +103,12 @@ def dataset(data: str, _clients: int, _seed: int) -> Any:
     return FederatedDataset("benchmark", clients, workload.test_x, workload.test_y, CLASSES)
 
 
-def sum_of_slice(job: Any) -> Any:
+def sum_of_run(job: Any) -> Any:
     """The package's job for workers, which find the workload."""
     from fedcompute.fleet.simulation import jobs
 
     take_workload()
-    return jobs.sum_of_slice(job)
+    return jobs.sum_of_run(job)
 
 
 def take_workload(cohorts: Array | None = None) -> None:
@@ -118,7 +118,7 @@ def take_workload(cohorts: Array | None = None) -> None:
     with quiet_tensorflow():
         from fedcompute.fleet.simulation import rounds, setup, slice_sums
     setup.load_dataset = dataset
-    slice_sums.sum_of_slice = sum_of_slice
+    slice_sums.sum_of_run = sum_of_run
     if cohorts is not None:
         rounds.cohorts = lambda *_, **__: iter(cohorts)
 

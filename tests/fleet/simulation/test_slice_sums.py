@@ -7,13 +7,33 @@ from fedcompute.builder.config import read_config
 from fedcompute.builder.sample_config import sample_config
 from fedcompute.fleet.simulation.jobs import Setup
 from fedcompute.fleet.simulation.setup import load
-from fedcompute.fleet.simulation.slice_sums import in_threads, in_workers, local_training, slice_sum
+from fedcompute.fleet.simulation.slice_sums import (
+    SliceSum,
+    halved,
+    in_threads,
+    in_workers,
+    local_training,
+    merge_halves,
+    slice_sum,
+)
 from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import initial_state
 from fedcompute.protos import task_builder_pb2
-from fedcompute.tensors.partial_sum import encode
+from fedcompute.tensors.partial_sum import PartialSum, encode
 
-SLICES = [np.array([3, 1, 2]), np.array([0, 7]), np.array([5])]
+SLICES = [np.array(one) for one in ([3, 1, 2], [0, 7], [5], [4, 6], [8, 9, 11], [10], [12], [13, 14], [15])]
+
+
+class Here:
+    """An executor whose workers are threads of the test: the jobs are those of worker processes."""
+
+    def __init__(self, pool, capacity):
+        self.capacity, self.jobs = capacity, []
+        self._pool = pool
+
+    def submit(self, job, argument):
+        self.jobs.append(argument)
+        return self._pool.submit(job, argument)
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +49,34 @@ def told(setup):
     return client_checkpoint(task.process, initial_state(task.process, task.model.trainable, ()))
 
 
-def test_workers_and_threads_give_the_same_bytes(setup, told):
+@pytest.mark.parametrize(("capacity", "jobs"), [(1, 1), (2, 2), (3, 9), (4, 4)])
+def test_so_many_workers_and_threads_give_the_same_bytes(setup, told, capacity, jobs):
     process, local = load(setup).task.process, local_training(setup)
     with ThreadPoolExecutor(2) as pool:
-        by_threads = list(in_threads(process, local, pool)(told, SLICES))
-        # The jobs are those of worker processes; here they run where the test does.
-        by_workers = list(in_workers(setup, pool)(told, SLICES))
-    assert [encode(one.total) for one in by_threads] == [encode(one.total) for one in by_workers]
-    assert [one.total.num_inputs for one in by_threads] == [3, 2, 1]
+        by_threads = in_threads(process, local, pool)(told, SLICES)
+        workers = Here(pool, capacity)
+        by_workers = in_workers(setup, workers)(told, SLICES)
+    assert by_threads.total.real, "sums of floats are those whose order matters"
+    assert encode(by_threads.total) == encode(by_workers.total)
+    assert (by_workers.total.num_inputs, by_workers.rejected) == (16, {})
+    assert len(workers.jobs) == jobs
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("times", [0, 1, 2, 64])
+def test_halves_hold_every_slice_once_and_in_order_and_are_merged_whole(count, times):
+    slices = [np.array([number]) for number in range(count)]
+    runs = halved(slices, times)
+    assert [one.item() for run in runs for one in run] == list(range(count))
+    assert len(runs) == min(count, 1 << times)
+    sums = iter([SliceSum(of_inputs(len(run)), {"odd": 1}) for run in runs])
+    found = merge_halves(sums, count, times)
+    assert (found.total.num_inputs, found.rejected["odd"]) == (count, len(runs))
+    assert next(sums, None) is None
+
+
+def of_inputs(count):
+    return PartialSum(b"", count, {}, {}, {"leaf": np.full(3, float(count))})
 
 
 def test_an_update_that_a_server_would_reject_is_left_out_and_counted(setup, told):

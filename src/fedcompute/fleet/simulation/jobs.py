@@ -25,12 +25,12 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class SliceJob:
-    """One slice for a worker: `told` is a client checkpoint."""
+class RunOfSlices:
+    """Slices for a worker, each the numbers of its clients; `told` is a client checkpoint."""
 
     setup: Setup
     told: bytes
-    clients: tuple[int, ...]
+    slices: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class RunResult:
     warnings: tuple[str, ...]
 
 
-def sum_of_slice(job: SliceJob) -> tuple[bytes, dict[str, int]]:
+def sum_of_run(job: RunOfSlices) -> tuple[bytes, dict[str, int]]:
     """A worker's share of a round: the encoded partial sum, and rejections by reason."""
     with quiet_tensorflow():
-        from fedcompute.fleet.simulation.slice_sums import in_worker, slice_sum
+        from fedcompute.fleet.simulation.slice_sums import in_worker, run_sum
         from fedcompute.tensors.checkpoint import read_checkpoint
         from fedcompute.tensors.partial_sum import encode
 
         process, training = in_worker(job.setup)
-        found = slice_sum(process, training, read_checkpoint(job.told), job.clients)
+        found = run_sum(process, training, read_checkpoint(job.told), job.slices)
         return encode(found.total), dict(found.rejected)
 
 

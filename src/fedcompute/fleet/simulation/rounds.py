@@ -1,7 +1,6 @@
 """Rounds of a task in memory, with the learning and privacy code of a server."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,14 +8,13 @@ from fedcompute.builder.preparation import PreparedTask
 from fedcompute.fleet.simulation.client_data import ClientData
 from fedcompute.fleet.simulation.cohorts import cohorts, slices
 from fedcompute.fleet.simulation.local_training import LocalTraining
-from fedcompute.fleet.simulation.slice_sums import SliceSum, SumSlices, slice_sum, width_of
+from fedcompute.fleet.simulation.slice_sums import SumSlices, slice_sum, width_of
 from fedcompute.learning.noise_state import begin_noise
 from fedcompute.learning.process import client_checkpoint, round_update
 from fedcompute.learning.specification import evaluation_process, initial_state
 from fedcompute.privacy.composition import TaskReleases, epsilon
 from fedcompute.privacy.ledger import Event
 from fedcompute.privacy.noise import NoiseSource, SeededNoise, SilentNoise
-from fedcompute.tensors.partial_sum import PartialSum, merge
 from fedcompute.tensors.tree import Tensors
 
 # Held-out examples are measured in batches of this size: no metric depends on it.
@@ -62,7 +60,7 @@ class Measure:
 def simulate(
     task: PreparedTask,
     clients: ClientData,
-    sums: SumSlices,
+    summed: SumSlices,
     *,
     rounds: int,
     seed: int = 0,
@@ -93,24 +91,14 @@ def simulate(
         yield SimulatedRound(0, 0.0, 0, {}, measure(state), state, ())
     for number in range(1, rounds + 1):
         start = time.perf_counter()
-        total, rejected = _summed(sums(client_checkpoint(process, state), slices(next(chosen), width_of(process))))
-        result = round_update(process, state, total, noise)
+        found = summed(client_checkpoint(process, state), slices(next(chosen), width_of(process)))
+        result = round_update(process, state, found.total, noise)
         state, metrics = result.state, dict(result.metrics)
         seconds = time.perf_counter() - start
         if measure is not None and (number % every == 0 or number == rounds):
             metrics |= measure(state)
         events = (*result.events, *result.metric_events)
-        yield SimulatedRound(number, seconds, total.num_inputs, rejected, metrics, state, events)
-
-
-def _summed(found: Iterator[SliceSum]) -> tuple[PartialSum, Counter[str]]:
-    """The sum of all slices in order, merged as they come, and the rejections."""
-    first = next(found)
-    total, rejected = first.total, Counter(first.rejected)
-    for one in found:
-        total = merge(total, one.total)
-        rejected.update(one.rejected)
-    return total, rejected
+        yield SimulatedRound(number, seconds, found.total.num_inputs, found.rejected, metrics, state, events)
 
 
 def spent(task: PreparedTask, releases: Sequence[Sequence[Event]]) -> float | None:

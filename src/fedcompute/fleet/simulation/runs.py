@@ -24,13 +24,13 @@ def run(job: RunJob, on_round: Callable[[RoundFacts], None], executor: Executor 
     measure = None if loaded.held_out is None else Measure(loaded.task, loaded.held_out)
     facts, releases = [], list[tuple[Event, ...]]()
     with ThreadPoolExecutor(job.threads or os.cpu_count() or 1) as pool:
-        sums: SumSlices = (
+        summed: SumSlices = (
             in_threads(loaded.task.process, local_training(job.setup), pool)
             if executor is None
             else in_workers(job.setup, executor)
         )
         for one in simulate(
-            *(loaded.task, loaded.clients, sums),
+            *(loaded.task, loaded.clients, summed),
             rounds=rounds,
             seed=job.setup.seed,
             measure=measure,
