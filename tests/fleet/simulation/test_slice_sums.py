@@ -27,8 +27,8 @@ SLICES = [np.array(one) for one in ([3, 1, 2], [0, 7], [5], [4, 6], [8, 9, 11], 
 class Here:
     """An executor whose workers are threads of the test: the jobs are those of worker processes."""
 
-    def __init__(self, pool, capacity):
-        self.capacity, self.jobs = capacity, []
+    def __init__(self, pool, workers):
+        self.capacity, self.jobs = 2 * workers, []
         self._pool = pool
 
     def submit(self, job, argument):
@@ -49,17 +49,17 @@ def told(setup):
     return client_checkpoint(task.process, initial_state(task.process, task.model.trainable, ()))
 
 
-@pytest.mark.parametrize(("capacity", "jobs"), [(1, 1), (2, 2), (3, 9), (4, 4)])
-def test_so_many_workers_and_threads_give_the_same_bytes(setup, told, capacity, jobs):
+@pytest.mark.parametrize(("workers", "jobs"), [(1, 1), (2, 2), (3, 9), (4, 4)])
+def test_so_many_workers_and_threads_give_the_same_bytes(setup, told, workers, jobs):
     process, local = load(setup).task.process, local_training(setup)
     with ThreadPoolExecutor(2) as pool:
         by_threads = in_threads(process, local, pool)(told, SLICES)
-        workers = Here(pool, capacity)
-        by_workers = in_workers(setup, workers)(told, SLICES)
+        here = Here(pool, workers)
+        by_workers = in_workers(setup, here)(told, SLICES)
     assert by_threads.total.real, "sums of floats are those whose order matters"
     assert encode(by_threads.total) == encode(by_workers.total)
     assert (by_workers.total.num_inputs, by_workers.rejected) == (16, {})
-    assert len(workers.jobs) == jobs
+    assert len(here.jobs) == jobs
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 12])

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fedcompute.builder.preparation import PreparedTask
@@ -9,12 +11,15 @@ from fedcompute.fleet.simulation.client_data import ClientData
 from fedcompute.fleet.simulation.cohorts import cohorts, slices
 from fedcompute.fleet.simulation.local_training import LocalTraining
 from fedcompute.fleet.simulation.slice_sums import SumSlices, slice_sum, width_of
+from fedcompute.learning.contribution import clip_norm_told, empty_sum
 from fedcompute.learning.noise_state import begin_noise
 from fedcompute.learning.process import client_checkpoint, round_update
 from fedcompute.learning.specification import evaluation_process, initial_state
 from fedcompute.privacy.composition import TaskReleases, epsilon
 from fedcompute.privacy.ledger import Event
-from fedcompute.privacy.noise import NoiseSource, SeededNoise, SilentNoise
+from fedcompute.privacy.noise import Draw, DrawnNoise, NoiseSource, RecordedNoise, SeededNoise, SilentNoise
+from fedcompute.protos import learning_pb2
+from fedcompute.server.rounds.spending import has_noise
 from fedcompute.tensors.tree import Tensors
 
 # Held-out examples are measured in batches of this size: no metric depends on it.
@@ -85,20 +90,39 @@ def simulate(
         minimum_separation=policies.min_separation_policy.minimum_separation,
         seed=seed,
     )
-    noise: NoiseSource = SeededNoise(seed)
+    noise = SeededNoise(seed)
     state: Tensors = begin_noise(process, initial_state(process, task.model.trainable, task.model.non_trainable), noise)
     if measure is not None:
         yield SimulatedRound(0, 0.0, 0, {}, measure(state), state, ())
     for number in range(1, rounds + 1):
         start = time.perf_counter()
-        found = summed(client_checkpoint(process, state), slices(next(chosen), width_of(process)))
-        result = round_update(process, state, found.total, noise)
+        told, cohort = client_checkpoint(process, state), slices(next(chosen), width_of(process))
+        with _drawn(process, state, noise) as draws:
+            found = summed(told, cohort)
+        result = round_update(process, state, found.total, DrawnNoise(draws, noise))
         state, metrics = result.state, dict(result.metrics)
         seconds = time.perf_counter() - start
         if measure is not None and (number % every == 0 or number == rounds):
             metrics |= measure(state)
         events = (*result.events, *result.metric_events)
         yield SimulatedRound(number, seconds, found.total.num_inputs, found.rejected, metrics, state, events)
+
+
+@contextmanager
+def _drawn(process: learning_pb2.LearningProcess, state: Tensors, noise: NoiseSource) -> Iterator[Sequence[Draw]]:
+    """A round's noise, drawn while clients train, as a server does: it is there when the block ends.
+
+    Formal guarantees: those of `noise`, whose draws come in the order of a round that draws them itself.
+    """
+    recorded = RecordedNoise(noise)
+    if not has_noise(process):
+        yield recorded.draws
+        return
+    nobody = empty_sum(process, b"", clip_norm_told(process, client_checkpoint(process, state)))
+    with ThreadPoolExecutor(1) as ahead:
+        drawing = ahead.submit(round_update, process, state, nobody, recorded)
+        yield recorded.draws
+        drawing.result()
 
 
 def spent(task: PreparedTask, releases: Sequence[Sequence[Event]]) -> float | None:

@@ -118,7 +118,8 @@ def in_workers(setup: Setup, executor: Executor) -> SumSlices:
     """Sums by the workers of an executor; each loads the setup once, and sends one sum for each run of slices."""
 
     def summed(told: Tensors, slices: Slices) -> SliceSum:
-        checkpoint, times = write_checkpoint(told), _halvings(executor.capacity)
+        # Half of an executor's capacity waits for its workers.
+        checkpoint, times = write_checkpoint(told), _halvings(executor.capacity // 2)
         futures: list[Future[tuple[bytes, dict[str, int]]]] = [
             executor.submit(sum_of_run, RunOfSlices(setup, checkpoint, tuple(tuple(one.tolist()) for one in run)))
             for run in halved(slices, times)
