@@ -45,6 +45,7 @@ from fedcompute.learning.process import client_checkpoint
 from fedcompute.learning.specification import initial_state, training_process
 from fedcompute.protos import learning_pb2, plan_pb2
 from fedcompute.server.rounds.aggregate import AggregateJob, aggregate
+from fedcompute.server.worker_memory import keep_freed_memory
 from fedcompute.storage.blobs import open_blob_store
 from fedcompute.storage.paths import GRADIENT, MODEL
 from fedcompute.tensors.checkpoint import read_checkpoint, write_checkpoint
@@ -235,7 +236,8 @@ def measure(stored: Stored, count: int, repetitions: int) -> list[tuple[Cost, Co
 
 def measured(stored: Stored, upload: str, total: str, *, cores: int, count: int, repetitions: int) -> Measured:
     """Measures in `cores` fresh processes at a time."""
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    # As the server's workers; it serves both sides.
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=keep_freed_memory) as pool:
         runs = [pool.submit(measure, stored, count, repetitions) for _ in range(cores)]
         costs = [pair for run in runs for pair in run.result()]
     full, least = (
@@ -327,7 +329,7 @@ def memory() -> dict[int, float]:
     with tempfile.TemporaryDirectory(prefix="fedcompute-bench-") as name:
         stored = store_uploads(Path(name), 6)
         for count in (1, 10, 100, 1000):
-            with ProcessPoolExecutor(1, spawn) as pool:
+            with ProcessPoolExecutor(1, spawn, initializer=keep_freed_memory) as pool:
                 found[count] = pool.submit(peak, stored, count).result() / 1024
     return found
 
