@@ -26,6 +26,7 @@ from fedcompute.server.api.admission import Admission
 from fedcompute.server.api.guard import Guard
 from fedcompute.server.api.measuring import Measuring
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
+from fedcompute.server.arrivals import Uploads
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, open_executor
@@ -262,6 +263,7 @@ def _context(settings: Settings, database: Database, executor: Executor, engine:
         database=database,
         blobs=store,
         jobs=Jobs(executor, settings.job_attempts, engine.wake, leases, measures),
+        uploads=Uploads(alone=alone),
         measures=measures,
         plans=Plans(store, settings.max_checkpoint_bytes),
         sealer=sealer,

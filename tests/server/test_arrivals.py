@@ -24,6 +24,12 @@ def test_a_round_is_worth_a_look_when_it_has_what_it_waits_for_and_not_before():
     assert uploads.add("e", "two")
 
 
+def test_where_other_servers_take_uploads_too_each_is_worth_a_look():
+    uploads = Uploads(alone=False)
+    assert not uploads.wait_for("one", 3, ())
+    assert uploads.add("a", "one")
+
+
 def test_what_came_while_the_engine_looked_counts_and_what_it_saw_does_not():
     uploads = Uploads()
     uploads.add("seen", "one")
