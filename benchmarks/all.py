@@ -2,7 +2,7 @@
 
     python benchmarks/all.py [--quick] [--only load aggregation] [--json FILE]
 
-Takes about half an hour, and longer the first time: the programs that ours is compared with are installed then, each in
+Takes about an hour, and longer the first time: the programs that ours is compared with are installed then, each in
 an environment of its own. `--quick` leaves those and the slowest out and repeats less, in about two minutes. Exit code
 1 if a benchmark fails; the others' rows are there all the same.
 """

@@ -42,11 +42,11 @@ class Inputs:
     row_bytes: float = 2_400  # of a place in PostgreSQL: all its rows and indexes
     history_rows: float = 4  # of a contribution, beside its own
     # Measured: milliseconds of a core.
-    aggregation_ms: float = 26  # an upload of 1.2 million parameters
-    upload_ms: float = 18.5  # likewise, through the web server
+    aggregation_ms: float = 25  # an upload of 1.2 million parameters
+    upload_ms: float = 8.4  # likewise, through the web server
     download_ms: float = 10.8  # likewise
     place_ms: float = 0.3  # a check-in that gets a place
-    refusal_ms: float = 0.21  # one that does not
+    refusal_ms: float = 0.2  # one that does not
     report_ms: float = 2.1
     key_ms: float = 0.6
     # Measured: contributions a second whose rows a database writes from check-in to sum.
