@@ -50,8 +50,8 @@ class Inputs:
     report_ms: float = 2.1
     key_ms: float = 0.6
     # Measured: contributions a second whose rows a database writes from check-in to sum.
-    sqlite_lives: float = 350
-    postgresql_lives: float = 420
+    sqlite_lives: float = 900
+    postgresql_lives: float = 450
     # Assumed: what a database machine of 8 cores with fast disks writes over the two shared cores that were measured.
     postgresql_factor: float = 4
     utilisation: float = 0.6  # of any resource at the peak
