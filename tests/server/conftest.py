@@ -177,13 +177,18 @@ class Api:
         key = parse_public_keys(self.http.get(f"{self.url}/.well-known/odp/v1/public-keys").content)[0]
         return gzip_bytes(seal_update(write_checkpoint(leaves), key))
 
-    def contribute(self, population, leaves=None, body=None) -> task_assignments_pb2.TaskAssignment:
-        """One device's whole run; like a device it comes again when its round closed meanwhile."""
-        body = self.seal(leaves) if body is None else body
-        instruction = task_assignments_pb2.UploadInstruction()
-        while not instruction.upload_location:
+    def place(self, population):
+        """An assignment whose device has trained, and where it uploads; like a device it comes again if a round closed."""
+        while True:
             assignment = self.assignment(population)
             instruction = self.upload_instruction(assignment)
+            if instruction.upload_location:
+                return assignment, instruction
+
+    def contribute(self, population, leaves=None, body=None) -> task_assignments_pb2.TaskAssignment:
+        """One device's whole run."""
+        body = self.seal(leaves) if body is None else body
+        assignment, instruction = self.place(population)
         response = self.upload(instruction, body)
         assert response.status_code == 200, response.text
         return assignment

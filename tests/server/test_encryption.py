@@ -46,7 +46,8 @@ def test_the_store_takes_any_upload_of_legal_size_and_plaintext_costs_its_own_co
     for body in bodies.values():
         # `contribute` asserts that the store answered 200.
         api.contribute("refused", body=body)
-    assert api.upload(api.upload_instruction(api.assignment("refused")), bytes(100_001)).status_code == 413
+    _, instruction = api.place("refused")
+    assert api.upload(instruction, bytes(100_001)).status_code == 413
     for _ in range(2):
         api.contribute("refused", hand_made.update_of(process, ones(hand_made)))
     found = api.wait_for("refused", task_id, "COMPLETED")
