@@ -178,7 +178,7 @@ class Api:
         return gzip_bytes(seal_update(write_checkpoint(leaves), key))
 
     def place(self, population):
-        """An assignment whose device has trained, and where it uploads; like a device it comes again if a round closed."""
+        """An assignment whose device has trained, and where it uploads; it comes again if a round closed meanwhile."""
         while True:
             assignment = self.assignment(population)
             instruction = self.upload_instruction(assignment)
