@@ -29,8 +29,6 @@ Slices = Sequence[NDArray[np.int64]]
 # What the updates of one call may take, bytes, and how many there are at most.
 _UPDATES_BYTES = 64 << 20
 _MOST_CLIENTS = 16
-
-
 # More often than any list of slices can be halved.
 _TO_SINGLE_SLICES = 64
 
