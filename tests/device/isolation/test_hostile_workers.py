@@ -411,7 +411,7 @@ def test_questions_that_are_none_are_refused_and_the_worker_goes_on(device, proc
             answer = msgspec.msgpack.decode(os.read(int(sys.argv[1]), size))
             assert answer["status"] != 0, (name, answer)
             assert len(answer["detail"]) < 500, name
-        send(b"\\x83\\xa4type\\xa8Question\\xa6method\\xa5local\\xa9arguments" + b"\\x91" * 5000 + b"\\xc0")
+        send(b"\\x83\\xa4type\\xa8Question\\xa6method\\xa5local\\xa9arguments" + b"\\x91" * 100_000 + b"\\xc0")
         time.sleep(60)
         """
     device.write(body)
