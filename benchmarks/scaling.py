@@ -148,18 +148,23 @@ def run_server(load: Load, workers: int, count: int) -> Run:
 
 
 def rows_of(points: Sequence[Point], what: str, note: str) -> list[Row]:
-    first, cores = points[0], os.cpu_count() or 1
+    first, cores, straight = points[0], os.cpu_count() or 1, is_straight(what)
     return [
         Row(
             "scaling", f"{what}, {one.workers} worker{'s' * (one.workers > 1)}", one.per_second,
             "contributions/s",
             f"{first.workers} worker, {first.per_second:,.1f}/s" if one is not first else "",
             one.per_second / first.per_second if one is not first else None,
-            f"{share(one, first, cores):.0%} of what {min(cores, one.workers)} cores could give; "
-            f"{one.cpu * 1e3:.1f} ms of CPU for one; {note}",
+            (f"{share(one, first, cores):.0%} of what {min(cores, one.workers)} cores could give; " if straight else "")
+            + f"{one.cpu * 1e3:.1f} ms of CPU for one; {note}",
         )
         for one in points
     ]  # fmt: skip
+
+
+def is_straight(what: str) -> bool:
+    """Whether one worker uses one core: that of a server unpacks on every core that no other worker has."""
+    return what != "server"
 
 
 def share(one: Point, first: Point, cores: int) -> float:
@@ -177,13 +182,14 @@ def table_of(curves: dict[str, list[Point]]) -> Table:
         for one in points:
             table.add_row(
                 what, str(one.workers), f"{one.per_second:,.1f}", f"{one.per_second / points[0].per_second:.2f}",
-                f"{share(one, points[0], cores):.0%}", f"{one.best:.1f}", f"{one.cpu * 1e3:.1f}",
+                f"{share(one, points[0], cores):.0%}" if is_straight(what) else "",
+                f"{one.best:.1f}", f"{one.cpu * 1e3:.1f}",
             )  # fmt: skip
     return table
 
 
 def plot(curves: dict[str, list[Point]], path: Path) -> None:
-    """Draws the curves, and for each the straight line up to the cores that are there."""
+    """Draws the curves, and for jobs the straight line up to the cores that are there."""
     from matplotlib.figure import Figure
 
     cores = os.cpu_count() or 1
@@ -191,8 +197,9 @@ def plot(curves: dict[str, list[Point]], path: Path) -> None:
     axes = figure.subplots()
     for (what, points), colour in zip(curves.items(), COLOURS, strict=False):
         workers = [one.workers for one in points]
-        ideal = [points[0].per_second * min(number, cores) / min(workers[0], cores) for number in workers]
-        axes.plot(workers, ideal, color=colour, linestyle=":", linewidth=1.2)
+        if is_straight(what):
+            ideal = [points[0].per_second * min(number, cores) / min(workers[0], cores) for number in workers]
+            axes.plot(workers, ideal, color=colour, linestyle=":", linewidth=1.2)
         axes.plot(workers, [one.per_second for one in points], color=colour, marker="o", linewidth=1.8, label=what)
         for one in points:
             place = (one.workers, one.per_second)

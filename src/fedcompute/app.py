@@ -26,7 +26,6 @@ from fedcompute.server.api.admission import Admission
 from fedcompute.server.api.guard import Guard
 from fedcompute.server.api.measuring import Measuring
 from fedcompute.server.api.requests import RequestLog, render_http_error, render_typed_error
-from fedcompute.server.arrivals import Uploads
 from fedcompute.server.connection import BoundedConnection
 from fedcompute.server.context import Context, Plans, now
 from fedcompute.server.executors import Executor, open_executor
@@ -48,6 +47,7 @@ from fedcompute.server.security.rates import rates_of
 from fedcompute.server.settings import PROCESSES, Settings
 from fedcompute.server.state_gauges import StateGauges
 from fedcompute.server.tls import Certificate
+from fedcompute.server.uploads import Uploads
 from fedcompute.server.web_server import WebServer
 from fedcompute.storage.blobs import open_blob_store
 from fedcompute.storage.claim import Claim

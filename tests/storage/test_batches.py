@@ -142,3 +142,16 @@ def test_publishing_happens_once(database, collecting, uploaded, now):
         assert not finish_batch(tx, batch, 1, {}, now)
         assert publish_batch(tx, batch, now)
         assert not publish_batch(tx, batch, now)
+
+
+def test_every_batch_of_a_large_round_is_listed_unless_fewer_are_asked_for(database, collecting, uploaded, now):
+    key = collecting()
+    sessions = uploaded(key, 1)
+    with database.write() as tx:
+        first = create_batch(tx, key, sessions, now)
+        table = schema.aggregation_batch
+        row = dict(tx.execute(table.select()).mappings().one())
+        tx.execute(table.insert(), [{**row, "batch_id": f"{number:05}"} for number in range(10_001)])
+        found = list_batches(tx, key)
+        assert {one.key.batch_id for one in found} == {first.key.batch_id, *(f"{n:05}" for n in range(10_001))}
+        assert list_batches(tx, key, limit=3) == found[:3]

@@ -12,7 +12,6 @@ from starlette.requests import HTTPConnection
 
 from fedcompute.crypto.sealing import Sealer
 from fedcompute.protos import plan_pb2
-from fedcompute.server.arrivals import Uploads
 from fedcompute.server.measures import Measures
 from fedcompute.server.rounds.jobs import Jobs
 from fedcompute.server.rounds.plans import ServerPlan, read_example_selector, read_server_plan
@@ -24,6 +23,7 @@ from fedcompute.server.security.public_keys import PublicKeyList
 from fedcompute.server.security.rates import Rates
 from fedcompute.server.security.url_signing import Grant, sign_url
 from fedcompute.server.settings import Settings
+from fedcompute.server.uploads import Uploads
 from fedcompute.storage.blobs import BlobStore
 from fedcompute.storage.database import Database
 from fedcompute.storage.keys import IterationKey, TaskKey

@@ -17,7 +17,7 @@ from fedcompute.storage.paths import aggregate_path, merged_path
 from fedcompute.storage.schema import BatchStatus
 from fedcompute.storage.secrets import private_keys, published_keys
 
-# A round of twenty batches leaves its update half as many sums to read, one of a thousand a sixteenth.
+# Of 23 batches, 1,000 uploads, an update reads 8 sums; of a thousand batches 70.
 GROUP = 16
 _LOOK_SECONDS = 1.0
 _OVER = (BatchStatus.UPLOAD_COMPLETED, BatchStatus.FAILED)

@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from fedcompute.server.arrivals import Uploads
 from fedcompute.server.rounds import engine as rounds_engine
+from fedcompute.server.uploads import Uploads
 
 
 def test_the_first_upload_of_a_round_that_nobody_has_looked_at_is_worth_a_look():
